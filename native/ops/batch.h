@@ -1,0 +1,66 @@
+// One ragged step, as plain host data: what the scheduler makes and every device reads.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+namespace codefuse {
+
+constexpr int kPageTokens = 32;     // tokens of one KV page
+constexpr int kDecodeRows = 64;     // most decode rows of one step (columns of the streaming matrix kernel)
+constexpr int32_t kLastToken = -1;  // Batch::token: the token sampled last for this slot, still on the device
+
+// How one row's next token is chosen. Fields hold validated values.
+struct SampleParams {
+  float temperature = 0.f;  // 0: greedy (argmax, lowest id on a tie)
+  int top_k = 0;            // 0: off
+  float top_p = 1.f;        // 1: off
+  float min_p = 0.f;        // 0: off
+  uint64_t seed = 0;
+};
+
+// A run of prompt tokens of one sequence.
+struct Chunk {
+  int row = 0;       // first row in the batch
+  int count = 0;     // rows
+  int slot = 0;
+  int position = 0;  // position of the first row's token
+};
+
+// Rows [0, decode_rows) are decode rows: generated tokens, one row each (several of one sequence, in order of position, when
+// it resumes). Rows [decode_rows, rows()) are prefill rows, grouped in chunks. A row attends to positions 0..its own; the
+// rows' own K and V are stored before any row attends.
+struct Batch {
+  int decode_rows = 0;
+  std::vector<int32_t> token;     // [rows] token id or kLastToken
+  std::vector<int32_t> slot;      // [rows] sequence slot, 0 <= slot < slots
+  std::vector<int32_t> position;  // [rows]
+  std::vector<Chunk> chunks;      // prefill rows, in row order
+
+  std::vector<int32_t> logit_row;     // [samples] rows whose next token is sampled; decode rows first
+  std::vector<SampleParams> sample;   // [samples]; position of the sampled token = position[row] + 1
+
+  // Page table of the sequences in this batch: table[i * max_pages + p] is the page of tokens [p*kPageTokens, ...) of the
+  // sequence in slot table_slot[i].
+  std::vector<int32_t> table_slot;    // [n]
+  std::vector<int32_t> table;         // [n, max_pages]
+
+  int rows() const { return int(token.size()); }
+  int samples() const { return int(logit_row.size()); }
+};
+
+// Result of one step, read one step behind.
+struct Sampled {
+  std::vector<int32_t> token;  // [samples]
+  std::vector<float> logprob;  // [samples] log softmax of the raw logits at the token
+};
+
+// Everything `forward` may need, fixed at load; a device allocates for it once.
+struct Limits {
+  int slots = 0;      // sequences alive at once, <= kDecodeRows
+  int rows = 0;       // rows of one step (prefill chunk budget + decode rows)
+  int max_len = 0;    // tokens of one sequence, prompt and generated
+  int pages = 0;      // KV pages in the pool
+  int max_pages() const { return (max_len + kPageTokens - 1) / kPageTokens; }
+};
+
+}  // namespace codefuse

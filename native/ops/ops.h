@@ -1,0 +1,103 @@
+// The device seam: what model/ asks of a device. native/cpu is the specification, native/cuda must agree with it.
+// `act` is the compute dtype (activations and KV cache); the residual stream, norms' arithmetic and logits are float32.
+// Pointers are device memory of this Ops. T = rows of the current batch. Calls are ordered; none of those inside a step allocates.
+#pragma once
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "core/config.h"
+#include "core/dtype.h"
+#include "formats/format.h"
+#include "ops/batch.h"
+
+namespace codefuse {
+
+// A matrix as the device holds it; `data` is the device's own layout (the CPU points into the file).
+struct Matrix {
+  HostMatrix host;             // CPU: where the elements are. CUDA: shape and format only (data == nullptr)
+  const void* data = nullptr;  // CUDA: tiles
+  int64_t rows = 0, cols = 0;  // [out, in]
+};
+
+struct Linear {
+  Matrix weight;                // [N, K]
+  const float* bias = nullptr;  // [N] or nullptr
+};
+
+struct Norm {
+  const float* weight = nullptr;  // [H]
+  const float* bias = nullptr;    // [H] or nullptr
+};
+
+// Keys and values of one layer: [pages, kv_heads, kPageTokens, head_dim] each, of the compute dtype.
+struct KvLayer {
+  void* k = nullptr;
+  void* v = nullptr;
+};
+
+class Ops {
+ public:
+  virtual ~Ops() = default;
+  virtual std::string device() const = 0;  // "cpu", "cuda:0"
+  virtual DType act() const = 0;
+
+  // ---- load time -------------------------------------------------------------------------------------------------
+  virtual void* alloc(size_t bytes) = 0;               // zero-filled; freed with the Ops; DeviceError says how much was asked
+  virtual size_t free_memory() const = 0;              // bytes that alloc could still give
+  virtual Matrix load_matrix(const HostMatrix& m) = 0; // for linear() and embed(); the CPU keeps the pointer
+  virtual const float* load_vector(const HostMatrix& v) = 0;  // [1, n] of any unquantized format -> float32; empty -> nullptr
+  // Allocates per-step buffers; called once before the first step.
+  virtual void plan(const ModelConfig& config, const Limits& limits) = 0;
+
+  // ---- a step ----------------------------------------------------------------------------------------------------
+  // Uploads the batch, then runs body, which calls the ops below; returns without waiting for the device. A device may record
+  // body once and replay it for batches of the same kind, so body must depend on the batch only through the ops.
+  // ticket: parity of the step, 0 or 1: at most two steps are in flight.
+  virtual void step(const Batch& batch, int ticket, const std::function<void()>& body) = 0;
+  virtual Sampled collect(int ticket) = 0;  // waits for that step; DeviceError if it failed
+
+  virtual void embed(float* x /*[T,H]*/, const Matrix& table /*[V,H]*/) = 0;
+  // learned positions: x[t] += table[position[t]]
+  virtual void add_position(float* x /*[T,H]*/, const Matrix& table /*[max_positions,H]*/) = 0;
+  virtual void norm(void* y /*[T,H] act*/, const float* x /*[T,H]*/, const Norm& n, NormKind kind, float eps, int hidden) = 0;
+  // y = x W^T + b, then the activation if act_fn is given.
+  virtual void linear(void* y /*[T,N] act*/, const void* x /*[T,K] act*/, const Linear& w, const Activation* act_fn = nullptr) = 0;
+  // y += x W^T + b  (b skipped when add_bias is false: it is added on one rank only)
+  virtual void linear_add(float* y /*[T,N]*/, const void* x /*[T,K] act*/, const Linear& w, bool add_bias = true) = 0;
+  // y = act_fn(gate) * up
+  virtual void gate(void* y /*[T,F] act*/, const void* gate /*[T,F] act*/, const void* up /*[T,F] act*/, Activation act_fn, int n) = 0;
+  // Rotates Q and K (rope; D = head_dim, first rope_dim dimensions, pairs (i, i + rope_dim/2)), stores K and V in their pages.
+  // heads and kv_heads are this rank's.
+  virtual void rope_store(void* qkv /*[T,(heads+2*kv_heads)*D] act*/, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) = 0;
+  // Softmax(q k^T / sqrt(D)) v over positions max(0, p - window + 1) .. p of each row's sequence, p = its position.
+  virtual void attention(void* out /*[T,heads*D] act*/, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) = 0;
+  virtual void zero(float* y, int64_t n_per_row) = 0;                                // y [T, n_per_row] = 0
+  virtual void add(float* y, const float* x, int64_t n_per_row) = 0;                 // y [T, n_per_row] += x
+  // y[s] = x[logit_row[s]]
+  virtual void gather_logit_rows(float* y /*[S,H]*/, const float* x /*[T,H]*/, int hidden) = 0;
+  // As norm() and linear() over the S rows of gather_logit_rows; logits stay float32.
+  virtual void norm_logit_rows(void* y /*[S,H] act*/, const float* x /*[S,H]*/, const Norm& n, NormKind kind, float eps, int hidden) = 0;
+  virtual void logits(float* y /*[S,N]*/, const void* x /*[S,K] act*/, const Linear& head) = 0;
+  // Chooses a token for every sample (see native/cpu/sample.cc for the exact rule), keeps it as its slot's last token.
+  virtual void sample(const float* logits /*[S,V]*/, int vocab) = 0;
+
+  // ---- tests and tools -------------------------------------------------------------------------------------------
+  virtual void upload(void* dst, const void* src, size_t bytes) = 0;    // host -> device, done on return
+  virtual void download(void* dst, const void* src, size_t bytes) = 0;  // device -> host, after all earlier work
+};
+
+// device: "cpu", "cuda", "cuda:N". dtype: "auto" or a dtype name; auto is float32 on the CPU and `weights` on CUDA.
+// ValueError when the device is not in this build or machine, naming what is available.
+std::unique_ptr<Ops> make_ops(const std::string& device, const std::string& dtype, DType weights, int threads);
+std::unique_ptr<Ops> make_cpu_ops(int threads);  // threads 0: all cores
+std::unique_ptr<Ops> make_cuda_ops(int index, DType act);
+// What this build and machine can use, for messages and Python: {"cpu", "cuda:0", ...}; why_no_cuda is empty or the reason.
+struct Devices {
+  std::string names;        // comma separated
+  std::string why_no_cuda;  // "built without CUDA" | "no driver: ..." | "cuBLAS not found: ..."
+};
+Devices devices();
+
+}  // namespace codefuse
