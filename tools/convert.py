@@ -1,0 +1,167 @@
+#!/usr/bin/env python3
+"""Hugging Face checkpoint -> native weights directory (config.json, model-*.safetensors, tokenizer files).
+
+    python tools/convert.py CHECKPOINT_DIR model_repository/generator/1
+    python tools/convert.py --random gptneox-13b /data/random-13b     # weights made at load, for benchmarks
+
+Tensors are read one at a time (memory use is about one tensor), checked (shape, NaN, Inf, overflow of the output type) and
+written in the canonical layout; a run that fails or is killed leaves an earlier conversion as it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from checkpoint import BF16, CheckpointError, TensorInfo, open_checkpoint, read_json
+from hf_models import PRESETS, Plan, Source, plan_for
+from weights_writer import Planned, check_target, write_weights
+
+DTYPES = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "bf16": BF16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def _checked(name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """value as dtype; refuses NaN, Inf and what overflows in dtype."""
+    wide = value if value.dtype == np.float32 else value.astype(np.float32)
+    if not np.isfinite(wide).all():
+        raise CheckpointError(f"tensor {name} holds {int((~np.isfinite(wide)).sum())} NaN or Inf values of {wide.size}")
+    if value.dtype == dtype:
+        return value
+    limit = {DTYPES["f16"]: 65504.0}.get(dtype)
+    if limit is not None and wide.size and (peak := float(np.abs(wide).max())) > limit:
+        raise CheckpointError(f"tensor {name} has magnitude {peak:g}, above float16's {limit:g}; convert with --dtype bf16 or f32")
+    return value.astype(dtype)
+
+
+def _planned(name: str, source: Source, info: TensorInfo, dtype: np.dtype | None) -> Planned:
+    if info.shape != source.hf_shape:
+        raise CheckpointError(f"{info.file}: tensor {info.name} has shape {list(info.shape)}; config.json makes it {list(source.hf_shape)}")
+    if info.dtype not in DTYPES.values() and info.dtype != np.float64:
+        raise CheckpointError(f"{info.file}: tensor {info.name} has dtype {info.dtype}; expected a float type")
+    out = dtype or (np.dtype("<f4") if info.dtype == np.float64 else info.dtype)
+    return Planned(name, source.shape, out, lambda: source.transform(_checked(info.name, info.load(), out)))
+
+
+def plan_tensors(plan: Plan, stored: dict[str, TensorInfo], dtype: np.dtype | None) -> list[Planned]:
+    """Canonical tensors in writing order; refuses missing and unexpected ones by name. dtype None keeps each tensor's own."""
+    used, tensors = set(), []
+    for name, source in plan.tensors.items():
+        if source.hf_name not in stored:
+            if source.optional:
+                continue
+            raise CheckpointError(f"tensor {source.hf_name} (our {name}) is missing from the checkpoint")
+        used.add(source.hf_name)
+        tensors.append(_planned(name, source, stored[source.hf_name], dtype))
+    extra = sorted(n for n in stored if n not in used and not n.endswith(plan.ignored_suffixes))
+    if extra:
+        raise CheckpointError(f"tensor {extra[0]} ({len(extra)} in all) is not part of {plan.config['architecture']} as config.json describes it")
+    return tensors
+
+
+def token_ids(directory: Path, config: dict) -> dict:
+    """bos_id (-1: none) and eos_ids from generation_config.json, else config.json."""
+    merged = dict(config)
+    if (directory / "generation_config.json").exists():
+        merged.update({k: v for k, v in read_json(directory / "generation_config.json").items() if k in ("bos_token_id", "eos_token_id") and v is not None})
+    bos, eos = merged.get("bos_token_id"), merged.get("eos_token_id")
+    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    for field, value in [("bos_token_id", bos)] * (bos is not None) + [("eos_token_id", e) for e in eos]:
+        if not isinstance(value, int) or not 0 <= value < config["vocab_size"]:
+            raise CheckpointError(f"field {field} is {value!r}; expected a token id below vocab_size {config['vocab_size']}")
+    return {"bos_id": -1 if bos is None else bos, "eos_ids": eos}
+
+
+def convert(source: Path, target: Path, dtype: str = "auto", ignore: set[str] = frozenset(), tokenizer: bool = True, progress=None) -> dict:
+    """Converts `source` into `target`; returns the written config. CheckpointError names what is wrong."""
+    check_target(target)
+    hf = read_json(source / "config.json")
+    plan = plan_for(hf, set(ignore))
+    tensors = plan_tensors(plan, open_checkpoint(source), None if dtype == "auto" else DTYPES[dtype])
+    files = [source / n for n in TOKENIZER_FILES if (source / n).is_file()] if tokenizer else []
+    if tokenizer and not any(f.name in ("tokenizer.json", "tokenizer.model") for f in files):
+        raise CheckpointError(f"{source}: no tokenizer.json and no tokenizer.model; save a fast tokenizer there with transformers, or pass --no-tokenizer")
+    config = {**plan.config, **token_ids(source, hf), "source": str(source.resolve().name)}
+    with _bar(sum(t.nbytes for t in tensors)) if progress is None else progress as tick:
+        write_weights(target, config, tensors, files, tick)
+    return config
+
+
+def write_random(preset: str, target: Path, dtype: str, seed: int, on_disk: bool) -> None:
+    """A preset's config with random weights: made by the loader (nothing but config.json on disk) or written out."""
+    check_target(target)
+    hf = PRESETS[preset]
+    plan = plan_for(hf, set())
+    out = DTYPES["f16" if dtype == "auto" else dtype]
+    ids = token_ids(Path("/nonexistent"), hf)
+    config = {**plan.config, **ids, "source": f"random {preset}, seed {seed}"}
+    if not on_disk:
+        names = {v: k for k, v in DTYPES.items()}
+        write_weights(target, {**config, "random": {"seed": seed, "format": names[out]}}, [], [])
+        return
+    rng = np.random.default_rng(seed)
+    pool = (rng.standard_normal(1 << 22, dtype=np.float32) * np.float32(0.02)).astype(out)
+
+    def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name.endswith("norm1.weight") or name.endswith("norm2.weight") or name == "final_norm.weight":
+            return np.ones(shape, out)
+        return np.resize(pool, shape)
+
+    tensors = [Planned(n, s.shape, out, lambda n=n, s=s: fill(n, s.shape)) for n, s in plan.tensors.items()]
+    with _bar(sum(t.nbytes for t in tensors)) as tick:
+        write_weights(target, config, tensors, [], tick)
+
+
+class _bar:
+    """A progress bar on stderr: `with _bar(total_bytes) as tick: tick(n)`."""
+
+    def __init__(self, total: int):
+        self._total, self._done, self._shown = max(total, 1), 0, -1
+
+    def __enter__(self):
+        return self._tick
+
+    def _tick(self, n: int) -> None:
+        self._done += n
+        percent = 100 * self._done // self._total
+        if percent == self._shown or not (sys.stderr.isatty() or percent % 25 == 0):
+            return
+        self._shown = percent
+        end = "\r" if sys.stderr.isatty() else "\n"
+        print(f"  [{'#' * (percent // 4):25s}] {percent:3d} %  {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB", end=end, file=sys.stderr, flush=True)
+
+    def __exit__(self, *_):
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("source", nargs="?", type=Path, help="Hugging Face checkpoint directory")
+    p.add_argument("target", type=Path, help="weights directory to write, e.g. model_repository/generator/1")
+    p.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="type of the written tensors; auto keeps each tensor's own")
+    p.add_argument("--ignore-field", action="append", default=[], metavar="NAME", help="a config.json field that does not matter")
+    p.add_argument("--no-tokenizer", action="store_true", help="convert without tokenizer files (the engine then takes token ids only)")
+    p.add_argument("--random", choices=list(PRESETS), help="random weights of this shape instead of a checkpoint")
+    p.add_argument("--write", action="store_true", help="with --random: write the weights to disk instead of making them at load")
+    p.add_argument("--seed", type=int, default=0, help="with --random")
+    a = p.parse_args(argv)
+    if (a.source is None) == (a.random is None):
+        p.error("give either a checkpoint directory or --random PRESET")
+    try:
+        if a.random:
+            write_random(a.random, a.target, a.dtype, a.seed, a.write)
+        else:
+            convert(a.source, a.target, a.dtype, set(a.ignore_field), not a.no_tokenizer)
+    except (CheckpointError, OSError) as e:
+        print(f"convert: {e}", file=sys.stderr)
+        return 1
+    print(f"wrote {a.target}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

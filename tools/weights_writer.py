@@ -1,0 +1,129 @@
+"""Writes a weights directory atomically: safetensors shards under a temporary name, config.json last.
+
+config.json is the commit mark: a directory without it holds no model, so a killed conversion is never loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Iterable
+
+import numpy as np
+import xxhash
+
+from checkpoint import BF16, CheckpointError
+
+FORMAT_VERSION = 1
+SHARD_BYTES = 4 << 30
+_NAMES = {np.dtype("<f4"): "F32", np.dtype("<f2"): "F16", BF16: "BF16"}
+_ALIGN = 64  # of every tensor in the file, so that mapped rows suit vector loads
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to write: `load` is called once, when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    load: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def _shards(tensors: list[Planned]) -> list[list[Planned]]:
+    shards, size = [[]], 0
+    for t in tensors:
+        if shards[-1] and size + t.nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(t)
+        size += t.nbytes
+    return shards
+
+
+def _write_shard(path: Path, tensors: list[Planned], metadata: dict[str, str], progress: Callable[[int], None]) -> dict:
+    header, at = {"__metadata__": metadata}, 0
+    for t in tensors:
+        header[t.name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
+        at += t.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGN)
+    digest, size = xxhash.xxh3_64(), 0
+    with open(path, "wb") as f:
+        def put(data) -> None:
+            nonlocal size
+            f.write(data)
+            digest.update(data)
+            size += len(data)
+
+        put(len(text).to_bytes(8, "little") + text)
+        for t in tensors:
+            value = np.ascontiguousarray(t.load())
+            if value.shape != t.shape or value.dtype != t.dtype:
+                raise AssertionError(f"{t.name}: {value.dtype}{value.shape}, planned {t.dtype}{t.shape}")
+            raw = value.reshape(-1).view(np.uint8)
+            for begin in range(0, raw.nbytes, 16 << 20):
+                part = raw[begin:begin + (16 << 20)]
+                put(memoryview(part))
+                progress(part.nbytes)
+        f.flush()
+        os.fsync(f.fileno())
+    return {"name": path.name, "bytes": size, "xxh3_64": digest.hexdigest()}
+
+
+def check_target(directory: Path) -> None:
+    """Refuses a target that holds weights files that are not ours to replace."""
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"target {directory} exists and is not a directory")
+    foreign = [p.name for p in directory.glob("*.safetensors")] if directory.exists() else []
+    if foreign and not _installed(directory):
+        raise CheckpointError(f"target {directory} holds {foreign[0]} without a config.json of this tool; name another directory")
+
+
+def _installed(directory: Path) -> list[str]:
+    """Files that an earlier conversion put there."""
+    try:
+        config = json.loads((directory / "config.json").read_text())
+        return [f["name"] for f in config["files"]] + list(config.get("tokenizer_files", []))
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def write_weights(directory: Path, config: dict, tensors: Iterable[Planned], tokenizer_files: Iterable[Path],
+                  progress: Callable[[int], None] = lambda n: None) -> None:
+    """Writes tensors (in canonical order), tokenizer files and config.json into `directory`, replacing an earlier conversion.
+
+    Everything is written to a temporary directory inside `directory` first; on any error it is removed and the earlier
+    conversion is untouched.
+    """
+    check_target(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for stale in directory.glob(".convert-*"):
+        shutil.rmtree(stale)
+    temp = directory / f".convert-{os.getpid()}"
+    temp.mkdir()
+    try:
+        metadata = {"format": "codefuse-triton", "version": str(FORMAT_VERSION), "source": str(config.get("source", ""))}
+        shards = _shards(list(tensors))
+        files = [
+            _write_shard(temp / f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors", shard, metadata, progress)
+            for i, shard in enumerate(shards) if shard
+        ]
+        copied = [Path(shutil.copyfile(f, temp / f.name)).name for f in tokenizer_files]
+        full = {"format_version": FORMAT_VERSION, **config, "files": files, "tokenizer_files": copied}
+        (temp / "config.json").write_text(json.dumps(full, indent=1) + "\n")
+        old = _installed(directory)
+        (directory / "config.json").unlink(missing_ok=True)
+        for name in old:
+            (directory / name).unlink(missing_ok=True)
+        for name in [f["name"] for f in files] + copied + ["config.json"]:
+            os.replace(temp / name, directory / name)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
