@@ -50,12 +50,11 @@ def plan_tensors(plan: Plan, stored: dict[str, TensorInfo], dtype: np.dtype | No
     """Canonical tensors in writing order; refuses missing and unexpected ones by name. dtype None keeps each tensor's own."""
     used, tensors = set(), []
     for name, source in plan.tensors.items():
-        if source.hf_name not in stored:
-            if source.optional:
-                continue
+        hf_name = source.hf_name if source.hf_name in stored else source.alias
+        if hf_name not in stored:
             raise CheckpointError(f"tensor {source.hf_name} (our {name}) is missing from the checkpoint")
-        used.add(source.hf_name)
-        tensors.append(_planned(name, source, stored[source.hf_name], dtype))
+        used.add(hf_name)
+        tensors.append(_planned(name, source, stored[hf_name], dtype))
     extra = sorted(n for n in stored if n not in used and not n.endswith(plan.ignored_suffixes))
     if extra:
         raise CheckpointError(f"tensor {extra[0]} ({len(extra)} in all) is not part of {plan.config['architecture']} as config.json describes it")

@@ -36,7 +36,7 @@ class Source:
     hf_shape: tuple[int, ...]
     shape: tuple[int, ...]
     transform: Callable[[np.ndarray], np.ndarray] = lambda t: t
-    optional: bool = False
+    alias: str = ""  # another name the same tensor goes by
 
 
 @dataclass
@@ -152,9 +152,9 @@ def gpt_neox(config: dict, ignore: set[str]) -> Plan:
     add("final_norm.weight", "gpt_neox.final_layer_norm.weight", hidden)
     add("final_norm.bias", "gpt_neox.final_layer_norm.bias", hidden)
     if tied:
-        plan.ignored_suffixes += ("embed_out.weight",)
+        plan.ignored_suffixes += ("embed_out.weight", "lm_head.weight")
     else:
-        add("lm_head.weight", "embed_out.weight", vocab, hidden)
+        add("lm_head.weight", "embed_out.weight", vocab, hidden, alias="lm_head.weight")  # its name in transformers >= 5
     return plan
 
 
