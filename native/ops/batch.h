@@ -36,7 +36,7 @@ struct Batch {
   std::vector<int32_t> position;  // [rows]
   std::vector<Chunk> chunks;      // prefill rows, in row order
 
-  std::vector<int32_t> logit_row;     // [samples] rows whose next token is sampled; decode rows first
+  std::vector<int32_t> logit_row;     // [samples] rows whose next token is sampled; decode rows first; samples <= kDecodeRows
   std::vector<SampleParams> sample;   // [samples]; position of the sampled token = position[row] + 1
 
   // Page table of the sequences in this batch: table[i * max_pages + p] is the page of tokens [p*kPageTokens, ...) of the

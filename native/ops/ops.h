@@ -48,12 +48,14 @@ class Ops {
   virtual size_t free_memory() const = 0;              // bytes that alloc could still give
   virtual Matrix load_matrix(const HostMatrix& m) = 0; // for linear() and embed(); the CPU keeps the pointer
   virtual const float* load_vector(const HostMatrix& v) = 0;  // [1, n] of any unquantized format -> float32; empty -> nullptr
-  // Allocates per-step buffers; called once before the first step.
-  virtual void plan(const ModelConfig& config, const Limits& limits) = 0;
+  // Allocates per-step buffers; called once before the first step. replay: every step has the same body (a model's forward),
+  // so a device may record it (CUDA graphs); false in the tests of single ops.
+  virtual void plan(const ModelConfig& config, const Limits& limits, bool replay) = 0;
 
   // ---- a step ----------------------------------------------------------------------------------------------------
-  // Uploads the batch, then runs body, which calls the ops below; returns without waiting for the device. A device may record
-  // body once and replay it for batches of the same kind, so body must depend on the batch only through the ops.
+  // Uploads the batch, then runs body, which calls the ops below; returns without waiting for the device. After plan(replay =
+  // true) a device may record body once and replay it for batches of the same kind, so body must depend on the batch only through
+  // the ops (and on the number of rows). A batch without samples is a step whose collect() returns nothing.
   // ticket: parity of the step, 0 or 1: at most two steps are in flight.
   virtual void step(const Batch& batch, int ticket, const std::function<void()>& body) = 0;
   virtual Sampled collect(int ticket) = 0;  // waits for that step; DeviceError if it failed
