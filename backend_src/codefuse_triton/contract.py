@@ -1,0 +1,247 @@
+"""Every tensor, request option and model setting, in one table.
+
+The config.pbtxt files are written from it (`python -m codefuse_triton.contract model_repository`), requests are
+parsed by it (request.py), and the documentation is tested against it.
+"""
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+GENERATOR, TOKENIZER, DETOKENIZER, ENSEMBLE = "generator", "tokenizer", "detokenizer", "ensemble"
+MAX_BATCH = 1  # tensors carry a leading 1; a client's batch is several requests
+# The tokenizer spells that 1 out in its dims instead: the Python backend turns a request without any input away
+# with an unclear message when max_batch_size is not 0, and a forgotten text_input is just that.
+
+
+@dataclass(frozen=True)
+class Option:
+    """One thing that a request may say: as a tensor, as a request parameter, or inside sampling_parameters."""
+    name: str
+    type: str  # STRING INT32 UINT64 FP32 BOOL
+    doc: str
+    dims: int = 1  # 1, or -1: a list
+    default: Any = None  # None: not given
+    low: float | None = None
+    high: float | None = None
+    alias: str = ""  # a second tensor and parameter name
+    json: str = ""  # its name in sampling_parameters where that is another one
+    neutral: tuple = ()  # the only values accepted until the engine implements it; () and "" always are
+    submit: str = ""  # the Engine.submit keyword
+
+
+@dataclass(frozen=True)
+class Tensor:
+    name: str
+    type: str
+    dims: int
+    doc: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A `parameters` entry of a config.pbtxt."""
+    name: str
+    default: str
+    doc: str
+    type: type = str
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    doc: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    decoupled: bool = True
+    settings: tuple[Setting, ...] = ()
+    max_batch_size: int = MAX_BATCH
+
+
+TEXT_INPUT = Tensor("text_input", "STRING", 1, "the prompt (the only required input)")
+SAMPLING_PARAMETERS = Tensor("sampling_parameters", "STRING", 1, "a JSON object of options under vLLM's names")
+INT32_MAX = 2**31 - 1
+
+OPTIONS = (
+    Option("max_tokens", "INT32", "most tokens to generate", default=128, low=1, high=INT32_MAX, submit="max_tokens"),
+    Option("min_length", "INT32", "tokens before an end token may come", default=0, low=0, high=INT32_MAX,
+           alias="min_tokens", submit="min_tokens"),
+    Option("temperature", "FP32", "0: greedy; not given: 1 if top_k > 1, 0 < top_p < 1 or min_p > 0 is given, else 0",
+           low=0, high=1e4, submit="temperature"),
+    Option("top_k", "INT32", "keep the k most likely tokens; 0 (or -1): all", default=0, low=-1, high=INT32_MAX,
+           submit="top_k"),
+    Option("top_p", "FP32", "keep the most likely tokens that hold this probability; 0: only the most likely one",
+           default=1.0, low=0, high=1, submit="top_p"),
+    Option("min_p", "FP32", "keep tokens at least this fraction as likely as the most likely one", default=0.0, low=0,
+           high=1, submit="min_p"),
+    Option("random_seed", "UINT64", "the same seed gives the same text; not given: a fresh one", low=0, high=2**64 - 1,
+           alias="seed", submit="seed"),
+    Option("stop_words", "STRING", "strings that end the text, found in the text itself", dims=-1, default=(),
+           json="stop", submit="stop"),
+    Option("include_stop", "BOOL", "leave the stop string in the text", default=False,
+           json="include_stop_str_in_output", submit="include_stop"),
+    Option("end_id", "INT32", "the end token, in place of the model's; -1: the model's", default=-1, low=-1,
+           high=INT32_MAX),
+    Option("stop_token_ids", "INT32", "further end tokens", dims=-1, default=(), low=0, high=INT32_MAX),
+    Option("ignore_eos", "BOOL", "go on after an end token", default=False, submit="ignore_eos"),
+    Option("stream", "BOOL", "send text as it comes; else one response", default=False, submit="stream"),
+    Option("exclude_input_in_output", "BOOL", "leave the prompt out of text_output; the default is a model setting"),
+    Option("return_log_probs", "BOOL", "fill cum_log_probs and output_log_probs", default=False, json="logprobs",
+           submit="logprobs"),
+    Option("pad_id", "INT32", "accepted; nothing is padded"),
+    Option("length_penalty", "FP32", "accepted; without beams it has no effect"),
+    Option("beam_search_diversity_rate", "FP32", "accepted; without beams it has no effect"),
+    Option("beam_width", "INT32", "only 1", neutral=(1,)),
+    Option("num_return_sequences", "INT32", "only 1", json="n", neutral=(1,)),
+    Option("repetition_penalty", "FP32", "only 1", neutral=(1.0,)),
+    Option("presence_penalty", "FP32", "only 0", neutral=(0.0,)),
+    Option("frequency_penalty", "FP32", "only 0", neutral=(0.0,)),
+    Option("bad_words", "STRING", "only empty", dims=-1, neutral=((),)),
+    Option("embedding_bias_words", "STRING", "only empty", dims=-1, neutral=((),)),
+    Option("embedding_bias_weights", "FP32", "only empty", dims=-1, neutral=((),)),
+    Option("suffix", "STRING", "only empty", neutral=("",)),
+    Option("session", "STRING", "only empty", neutral=("",)),
+    Option("cache_salt", "STRING", "only empty", neutral=("",)),
+    Option("prediction", "STRING", "only empty", neutral=("",)),
+    Option("token_healing", "BOOL", "only false", neutral=(False,)),
+)
+OPTION_BY_NAME = {name: o for o in OPTIONS for name in (o.name, o.alias) if name}
+OPTION_BY_JSON = {name: o for o in OPTIONS for name in (o.json or o.name, o.alias) if name}
+MAX_STOP_WORDS, MAX_STOP_BYTES = 64, 1024
+
+# vLLM's names that change nothing here, with the values that are accepted (None always is)
+JSON_IGNORED = {
+    "best_of": (1,), "use_beam_search": (False,), "early_stopping": (False, True), "detokenize": (True,),
+    "skip_special_tokens": (True,), "spaces_between_special_tokens": (True, False), "prompt_logprobs": (),
+    "logit_bias": ({},), "truncate_prompt_tokens": (),
+}
+
+_OPTION_TENSORS = tuple(Tensor(name, o.type, o.dims, o.doc if name == o.name else f"the same as {o.name}")
+                        for o in OPTIONS for name in (o.name, o.alias) if name) + (SAMPLING_PARAMETERS,)
+COUNTS = (
+    Tensor("num_input_tokens", "INT32", 1, "tokens of the prompt"),
+    Tensor("num_output_tokens", "INT32", 1, "tokens generated so far"),
+    Tensor("num_cached_tokens", "INT32", 1, "tokens of the prompt that were not computed again"),
+    Tensor("cum_log_probs", "FP32", 1, "sum of the log-probabilities so far (return_log_probs)"),
+    Tensor("output_log_probs", "FP32", -1, "log-probability of each new token (return_log_probs)"),
+)
+ENDING = (
+    Tensor("finish_reason", "STRING", 1, "last response: eos, stop, length, cancelled or error; else empty"),
+    Tensor("stop_reason", "STRING", 1, "last response: the stop string that ended the text"),
+    Tensor("timings", "FP32", 3, "last response: seconds queued, in the prompt, generating"),
+)
+_CHUNK_INDEX = Tensor("chunk_index", "INT32", 1, "0, 1, 2 .. within a request")
+INPUT_IDS = Tensor("input_ids", "INT32", -1, "the prompt's tokens")
+HEARTBEAT = Tensor("heartbeat", "BOOL", 1, "send an empty chunk (chunk_index -1) now and then while there is no text: "
+                   "the detokenizer sees a client that has gone only when a chunk passes")
+_CHUNK = (
+    Tensor("output_ids", "INT32", -1, "new tokens"),
+    Tensor("uid", "INT64", 1, "the engine's name of the request, for stop_uid"),
+    Tensor("text_start", "INT32", 1, "first byte of the new text in the bytes of output_ids"),
+    Tensor("text_bytes", "INT32", 1, "bytes of new text"),
+    _CHUNK_INDEX,
+    Tensor("echo", "STRING", 1, "first chunk: the prompt, when it is to be part of the text"),
+    Tensor("error", "STRING", 1, "last chunk: what went wrong after the first chunk"),
+) + ENDING + COUNTS
+
+_TOKENIZER_DIR = Setting("tokenizer_dir", "../generator/1",
+                         "directory of the tokenizer files, absolute or relative to this model's directory")
+
+MODELS = (
+    Model(TOKENIZER, "Prompt text to token ids. Refuses a request without text_input.", (TEXT_INPUT,),
+          (INPUT_IDS, HEARTBEAT), decoupled=False, max_batch_size=0, settings=(
+              _TOKENIZER_DIR,
+              Setting("max_input_bytes", "4194304", "longest text_input", int, 1, 2**30))),
+    Model(GENERATOR, "Token ids to token chunks: submits to the engine and returns at once; one thread sends.",
+          (INPUT_IDS,) + _OPTION_TENSORS + (
+              Tensor("prompt_text", "STRING", 1, "the prompt as text, to be echoed"), HEARTBEAT,
+              Tensor("stop_uid", "INT64", 1, "cancel this uid; given alone, answered by the final flag only")),
+          _CHUNK, settings=(
+              Setting("weights", "", "weights directory (tools/convert.py writes one); empty: this model's version directory"),
+              Setting("device", "auto", "auto: cuda if there is one, else cpu", choices=("auto", "cpu", "cuda")),
+              Setting("dtype", "auto", "of activations and KV cache; auto: the checkpoint's on cuda, float32 on cpu",
+                      choices=("auto", "float32", "float16", "bfloat16")),
+              Setting("tensor_parallel", "1", "GPUs that share the weights", int, 1, 64),
+              Setting("slots", "16", "requests computed at the same time", int, 1, 4096),
+              Setting("kv_memory_mb", "0", "KV cache in MiB; 0: decided from slots and max_len or from free memory", int,
+                      0, 2**24),
+              Setting("queue", "256", "requests that may wait; one more is refused", int, 1, 2**20),
+              Setting("max_len", "0", "longest prompt + text in tokens; 0: the model's", int, 0, 2**24),
+              Setting("prefill_tokens", "512", "most prompt tokens computed in one step", int, 1, 2**20),
+              Setting("threads", "0", "CPU threads; 0: all cores", int, 0, 1024),
+              Setting("exclude_input_in_output", "true", "default of the request option of that name",
+                      choices=("true", "false")),
+              Setting("responses_per_s", "1500", "responses sent per second over all streams; beyond it tokens travel "
+                      "together (Triton itself has no back-pressure)", int, 1, 10**6))),
+    Model(DETOKENIZER, "Token chunks to text, a pure function of one chunk; an in-band error becomes an error.",
+          _CHUNK, (Tensor("text_output", "STRING", 1, "new text; its concatenation is the whole text"), _CHUNK_INDEX,
+                   Tensor("sequence_index", "INT32", 1, "0"), Tensor("batch_index", "INT32", 1, "0")) + ENDING + COUNTS,
+          settings=(_TOKENIZER_DIR,)),
+)
+MODEL = {m.name: m for m in MODELS}
+MODEL[ENSEMBLE] = Model(ENSEMBLE, "Text to text: tokenizer, generator, detokenizer.", (TEXT_INPUT,) + _OPTION_TENSORS,
+                        MODEL[DETOKENIZER].outputs)
+
+
+def _tensor_list(kind: str, tensors: tuple[Tensor, ...], batched: bool) -> list[str]:
+    row = "" if batched else f"{MAX_BATCH}, "
+    optional = ", optional: true" if kind == "input" else ""
+    lines = [f'  {{ name: "{t.name}", data_type: TYPE_{t.type}, dims: [ {row}{t.dims} ]{optional} }}' for t in tensors]
+    return [f"{kind} ["] + [line + "," for line in lines[:-1]] + [lines[-1], "]"]
+
+
+def _step(name: str, inputs: dict[str, str], outputs: dict[str, str]) -> list[str]:
+    lines = ["    {", f'      model_name: "{name}"', "      model_version: -1"]
+    for kind, mapping in (("input_map", inputs), ("output_map", outputs)):
+        lines += [f'      {kind} {{ key: "{key}", value: "{value}" }}' for key, value in mapping.items()]
+    return lines + ["    }"]
+
+
+def _ensemble_steps() -> list[str]:
+    """A value is a name of the ensemble's; names with a dot are its inner tensors."""
+    ids, beat = INPUT_IDS.name, HEARTBEAT.name
+    generator_inputs = {ids: f"tokenizer.{ids}", beat: f"tokenizer.{beat}", "prompt_text": TEXT_INPUT.name}
+    generator_inputs.update({t.name: t.name for t in _OPTION_TENSORS})
+    chunk = {t.name: f"generator.{t.name}" for t in _CHUNK}
+    steps = [_step(TOKENIZER, {TEXT_INPUT.name: TEXT_INPUT.name}, {ids: f"tokenizer.{ids}", beat: f"tokenizer.{beat}"}),
+             _step(GENERATOR, generator_inputs, chunk),
+             _step(DETOKENIZER, chunk, {t.name: t.name for t in MODEL[DETOKENIZER].outputs})]
+    body = [line + ("," if i + 1 < len(steps) and line == "    }" else "") for i, s in enumerate(steps) for line in s]
+    return ["ensemble_scheduling {", "  step ["] + body + ["  ]", "}"]
+
+
+def config_pbtxt(name: str) -> str:
+    model = MODEL[name]
+    lines = [f"# {model.doc}", "# Written from backend_src/codefuse_triton/contract.py; only parameters are meant to be edited.",
+             f'name: "{name}"', f'{"platform" if name == ENSEMBLE else "backend"}: "{"ensemble" if name == ENSEMBLE else "python"}"',
+             f"max_batch_size: {model.max_batch_size}"]
+    if model.decoupled and name != ENSEMBLE:
+        lines.append("model_transaction_policy { decoupled: true }")
+    lines += _tensor_list("input", model.inputs, model.max_batch_size > 0)
+    lines += _tensor_list("output", model.outputs, model.max_batch_size > 0)
+    if name == ENSEMBLE:
+        return "\n".join(lines + _ensemble_steps()) + "\n"
+    lines.append("instance_group [ { count: 1, kind: KIND_CPU } ]")  # one: it keeps the order of the chunks
+    for s in model.settings:
+        values = f" ({' | '.join(s.choices)})" if s.choices else f" ({s.low} .. {s.high})" if s.low is not None else ""
+        lines += [f"# {s.doc}{values}",
+                  f'parameters {{ key: "{s.name}", value: {{ string_value: "{s.default}" }} }}']
+    return "\n".join(lines) + "\n"
+
+
+def write_configs(repository: Path) -> None:
+    for name in MODEL:
+        directory = repository / name
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.pbtxt").write_text(config_pbtxt(name))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m codefuse_triton.contract MODEL_REPOSITORY")
+    write_configs(Path(sys.argv[1]))

@@ -1,0 +1,149 @@
+"""The engine as a service: submit from any thread, one sender thread, cancellation, draining.
+
+A reply is where a request's chunks go. Only the sender thread touches a reply after submit() has returned.
+"""
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any, Callable, Protocol
+
+from . import Engine, Outbox, lifecycle
+from .request import Request
+
+log = logging.getLogger(__name__)
+LOOK_S = 0.1  # between looks at is_cancelled, the drain file and the statistics
+HEARTBEAT_S = 0.1  # a request that asks for it gets an empty chunk after so long without one,
+HEARTBEATS_PER_S = 200  # or later when many do
+SHUTTING_DOWN = "the server is shutting down"
+
+
+class Reply(Protocol):
+    def send(self, chunk: Any, echo: bytes, error: str) -> None: ...  # a chunk with a finish_reason is the last
+
+    def heartbeat(self, uid: int) -> None: ...
+
+    def is_cancelled(self) -> bool: ...
+
+
+class Draining(RuntimeError):
+    """The server takes no new requests."""
+
+
+@dataclass
+class _Live:
+    reply: Reply
+    echo: bytes  # sent with the first chunk
+    heartbeat: bool
+    last_send: float
+    cancelled: bool = False
+    error: str = ""  # why it was cancelled, if not by its client
+
+
+class Service:
+    """server_pid: whose lifecycle files to watch, 0: none. on_stats is called by the sender with Engine.stats()."""
+
+    def __init__(self, engine: Engine, *, responses_per_s: int = 1500, server_pid: int = 0,
+                 on_stats: Callable[[dict[str, Any]], None] = lambda stats: None) -> None:
+        self._engine = engine
+        self._gap_s = 1.0 / responses_per_s
+        self._server_pid = server_pid
+        self._on_stats = on_stats
+        self._drain_deadline = 0.0  # monotonic; 0: not draining
+        self._lock = threading.Lock()  # submitting and registering are one step for the sender
+        self._live: dict[int, _Live] = {}
+        self._outbox = Outbox()
+        self._closing = False
+        self._sender = threading.Thread(target=self._run, name="sender", daemon=True)
+        self._sender.start()
+
+    def submit(self, request: Request, reply: Reply) -> int:
+        """The uid. ValueError, QueueFull, DeviceError, Draining: the reply has not been used."""
+        options = dict(request.submit)
+        if request.end_id >= 0 or request.stop_token_ids:
+            ends = [request.end_id] if request.end_id >= 0 else list(self._engine.vocab.eos_ids)
+            options["eos_ids"] = ends + list(request.stop_token_ids)
+        with self._lock:
+            if self._drain_deadline or self._closing:
+                raise Draining(f"{SHUTTING_DOWN}; send the request to another one")
+            uid = self._engine.submit(request.input_ids, outbox=self._outbox, **options)
+            self._live[uid] = _Live(reply, request.echo, request.heartbeat, time.monotonic())
+        return uid
+
+    def cancel(self, uid: int, error: str = "") -> None:
+        with self._lock:
+            live = self._live.get(uid)
+            if live is None or live.cancelled:
+                return
+            live.cancelled, live.error = True, error
+        self._engine.cancel(uid)
+
+    def close(self) -> None:
+        """Every request is answered, running ones with finish_reason cancelled."""
+        self._closing = True
+        self._engine.close()
+        self._sender.join(timeout=10)
+        self._outbox.close()
+
+    def _run(self) -> None:
+        next_look = 0.0
+        while not (self._closing and not self._live):
+            chunks = self._outbox.poll(LOOK_S / 2)
+            started = time.monotonic()
+            for chunk in chunks:
+                self._survive(self._send, chunk)
+            if started >= next_look:
+                next_look = started + LOOK_S
+                self._survive(self._look, started)
+            # Triton has no back-pressure: pace the sends; what arrives meanwhile is merged in the outbox
+            pause = len(chunks) * self._gap_s - (time.monotonic() - started)
+            if pause > 0:
+                time.sleep(pause)
+
+    def _survive(self, step: Callable[[Any], None], argument: Any) -> None:
+        try:
+            step(argument)
+        except Exception:  # one reply's trouble must not silence the others
+            log.exception("sender: %s failed", step.__name__)
+
+    def _send(self, chunk: Any) -> None:
+        with self._lock:
+            live = self._live.pop(chunk.uid) if chunk.finish_reason else self._live[chunk.uid]
+        live.last_send = time.monotonic()
+        error = live.error if chunk.finish_reason == "cancelled" else chunk.error
+        live.reply.send(chunk, live.echo, error)
+        live.echo = b""
+
+    def _look(self, now: float) -> None:
+        with self._lock:
+            live = [(uid, entry) for uid, entry in self._live.items() if not entry.cancelled]
+        beat_s = max(HEARTBEAT_S, sum(entry.heartbeat for _, entry in live) / HEARTBEATS_PER_S)
+        for uid, entry in live:
+            if entry.reply.is_cancelled():
+                self.cancel(uid)
+            elif entry.heartbeat and now - entry.last_send >= beat_s:
+                entry.last_send = now
+                entry.reply.heartbeat(uid)
+        stats = self._engine.stats()
+        self._on_stats(stats)
+        if self._server_pid:
+            if stats.get("error"):
+                lifecycle.put(self._server_pid, "failed", str(stats["error"]))
+            self._drain(now)
+
+    def _drain(self, now: float) -> None:
+        if not self._drain_deadline:
+            text = lifecycle.get(self._server_pid, "drain")
+            if not text:  # absent, or being written
+                return
+            with self._lock:
+                self._drain_deadline = now + float(text)
+        with self._lock:
+            uids = list(self._live)
+        if not uids:
+            lifecycle.put(self._server_pid, "drained")
+        elif now >= self._drain_deadline:
+            for uid in uids:
+                self.cancel(uid, f"{SHUTTING_DOWN}; the text is incomplete")

@@ -1,0 +1,240 @@
+"""The models that Triton's Python backend runs; the only importer of triton_python_backend_utils."""
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from . import Engine, QueueFull, Vocab, contract
+from .request import parse, parse_settings
+from .serve import SHUTTING_DOWN, Draining, Service
+
+
+def _error(message: str, code: str) -> pb_utils.InferenceResponse:
+    """code: a constant of TritonError. (pb_utils is filled only after this module has been imported.)"""
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, code)))
+
+
+def _finish(sender: Any, response: pb_utils.InferenceResponse | None = None) -> None:
+    final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+    if response is None:
+        sender.send(flags=final)
+    else:
+        sender.send(response, flags=final)
+
+
+def _tensor(name: str, value: Any, dtype: type = np.int32) -> pb_utils.Tensor:
+    """One value as [1, 1]."""
+    return pb_utils.Tensor(name, np.array([[value]], dtype=dtype))
+
+
+def _text(name: str, value: bytes | str, shape: tuple[int, ...] = (1, 1)) -> pb_utils.Tensor:
+    array = np.empty(shape, dtype=np.object_)
+    array.fill(value if isinstance(value, bytes) else value.encode())
+    return pb_utils.Tensor(name, array)
+
+
+def _settings(model: str, args: dict[str, str]) -> dict[str, Any]:
+    _check_numpy()
+    parameters = json.loads(args["model_config"]).get("parameters", {})
+    return parse_settings(model, {k: v["string_value"] for k, v in parameters.items()})
+
+
+def _check_numpy() -> None:
+    """Stubs older than 24.11 read string tensors wrongly with numpy >= 2."""
+    if np.lib.NumpyVersion(np.__version__) < "2.0.0":
+        return
+    if _text("probe", b"probe").as_numpy().tolist() != [[b"probe"]]:
+        raise RuntimeError(f"numpy {np.__version__} does not work with this tritonserver's Python stub, "
+                           "which needs numpy < 2: pip install 'numpy<2'")
+
+
+def _tokenizer_dir(args: dict[str, str], settings: dict[str, Any]) -> Path:
+    return (Path(args["model_repository"]) / settings["tokenizer_dir"]).resolve()
+
+
+class TokenizerModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        settings = _settings(contract.TOKENIZER, args)
+        self._max_bytes = settings["max_input_bytes"]
+        self._vocab = Vocab.load(_tokenizer_dir(args, settings))
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        try:
+            ids = self._encode(pb_utils.get_input_tensor_by_name(request, "text_input"))
+        except ValueError as error:
+            return _error(str(error), "INVALID_ARG")
+        return pb_utils.InferenceResponse([pb_utils.Tensor("input_ids", ids[None]), _tensor("heartbeat", True, np.bool_)])
+
+    def _encode(self, tensor: Any) -> np.ndarray:
+        if tensor is None:
+            raise ValueError("text_input is missing; it is the prompt, a string of shape [1, 1]")
+        text = tensor.as_numpy().reshape(-1)[0]
+        if len(text) > self._max_bytes:
+            raise ValueError(f"text_input has {len(text)} bytes; at most {self._max_bytes} are accepted")
+        ids = np.asarray(self._vocab.encode(text), dtype=np.int32)
+        if ids.size == 0:
+            raise ValueError("text_input is empty; the prompt must have at least one token")
+        return ids
+
+
+class _Sender:
+    """The Reply of one request: chunks to tensors."""
+
+    def __init__(self, sender: Any) -> None:
+        self._sender = sender
+
+    def is_cancelled(self) -> bool:
+        return self._sender.is_cancelled()
+
+    def heartbeat(self, uid: int) -> None:
+        self._sender.send(pb_utils.InferenceResponse([
+            pb_utils.Tensor("output_ids", np.zeros((1, 0), np.int32)), _tensor("uid", uid, np.int64),
+            _tensor("chunk_index", -1)]))
+
+    def send(self, chunk: Any, echo: bytes, error: str) -> None:
+        tensors = [
+            pb_utils.Tensor("output_ids", np.asarray(chunk.token_ids, np.int32)[None]), _tensor("uid", chunk.uid, np.int64),
+            _tensor("text_start", chunk.text_start), _tensor("text_bytes", chunk.text_bytes),
+            _tensor("chunk_index", chunk.index), _tensor("num_input_tokens", chunk.num_input_tokens),
+            _tensor("num_output_tokens", chunk.num_output_tokens), _tensor("num_cached_tokens", chunk.num_cached_tokens)]
+        if chunk.logprobs is not None:
+            tensors += [_tensor("cum_log_probs", chunk.cum_logprob, np.float32),
+                        pb_utils.Tensor("output_log_probs", np.asarray(chunk.logprobs, np.float32)[None])]
+        if echo:
+            tensors.append(_text("echo", echo))
+        if not chunk.finish_reason:
+            self._sender.send(pb_utils.InferenceResponse(tensors))
+            return
+        timings = np.array([[chunk.queue_s, chunk.prefill_s, chunk.decode_s]], np.float32)
+        tensors += [_text("finish_reason", chunk.finish_reason), _text("stop_reason", chunk.stop_reason),
+                    _text("error", error), pb_utils.Tensor("timings", timings)]
+        _finish(self._sender, pb_utils.InferenceResponse(tensors))
+
+
+class _Metrics:
+    """Engine.stats() in Triton's metrics endpoint as codefuse_NAME; only what changed is touched (18 us each)."""
+
+    _COUNTERS = {"steps", "prefill_tokens", "decode_tokens", "wasted_rows", "preemptions", "submitted", "refused", "finished"}
+
+    def __init__(self) -> None:
+        self._families: dict[str, Any] = {}
+        self._metrics: dict[tuple[str, str], Any] = {}
+        self._last: dict[tuple[str, str], float] = {}
+
+    def update(self, stats: dict[str, Any]) -> None:
+        for name, value in stats.items():
+            if isinstance(value, dict):  # finished: by reason
+                for reason, count in value.items():
+                    self._put(name, {"reason": reason}, count)
+            elif isinstance(value, (int, float)):
+                self._put(name, {}, value)
+
+    def _put(self, name: str, labels: dict[str, str], value: float) -> None:
+        key = name, labels.get("reason", "")
+        old = self._last.get(key, 0)
+        if key in self._metrics and old == value:
+            return
+        counter = name in self._COUNTERS
+        if name not in self._families:
+            kind = pb_utils.MetricFamily.COUNTER if counter else pb_utils.MetricFamily.GAUGE
+            self._families[name] = pb_utils.MetricFamily(name=f"codefuse_{name}" + "_total" * counter,
+                                                         description=f"Engine.stats()['{name}']", kind=kind)
+        if key not in self._metrics:
+            self._metrics[key] = self._families[name].Metric(labels=labels)
+        if counter:
+            self._metrics[key].increment(float(value - old))
+        else:
+            self._metrics[key].set(float(value))
+        self._last[key] = value
+
+
+class GeneratorModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        settings = _settings(contract.GENERATOR, args)
+        weights = settings.pop("weights") or os.path.join(args["model_repository"], args["model_version"])
+        self._exclude_input = settings.pop("exclude_input_in_output") == "true"
+        responses_per_s = settings.pop("responses_per_s")
+        self._inputs = [t.name for t in contract.MODEL[contract.GENERATOR].inputs]
+        engine = Engine(weights, **settings)
+        pb_utils.Logger.log_info(f"generator: {weights} on {engine.device}, {engine.dtype}, max_len {engine.max_len}")
+        self._service = Service(engine, responses_per_s=responses_per_s, server_pid=os.getppid(), on_stats=_Metrics().update)
+
+    def execute(self, requests: list[Any]) -> None:
+        for request in requests:
+            self._submit(request)
+
+    def _submit(self, request: Any) -> None:
+        sender = request.get_response_sender()
+        given = {t.name(): t.as_numpy() for t in request.inputs()}
+        if "stop_uid" in given:
+            self._service.cancel(int(given["stop_uid"].reshape(-1)[0]))
+            _finish(sender)
+            return
+        try:
+            parameters = json.loads(request.parameters() or "{}")
+            parsed = parse(given, parameters, exclude_input=self._exclude_input)
+            self._service.submit(parsed, _Sender(sender))
+        except ValueError as error:
+            _finish(sender, _error(str(error), "INVALID_ARG"))
+        except (QueueFull, Draining) as error:
+            _finish(sender, _error(str(error), "UNAVAILABLE"))
+        except Exception as error:  # the server must outlive a bug: answer this request
+            _finish(sender, _error(f"{type(error).__name__}: {error}", "INTERNAL"))
+
+    def finalize(self) -> None:
+        self._service.close()
+
+
+class DetokenizerModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        self._bytes = Vocab.load(_tokenizer_dir(args, _settings(contract.DETOKENIZER, args))).token_bytes
+
+    def execute(self, requests: list[Any]) -> None:
+        for request in requests:
+            self._answer(request)
+
+    def _answer(self, request: Any) -> None:
+        sender = request.get_response_sender()
+        chunk = {t.name(): t for t in request.inputs()}
+        last = "finish_reason" in chunk
+        if not last and sender.is_cancelled():
+            self._stop(chunk["uid"])
+        index = int(chunk["chunk_index"].as_numpy().reshape(-1)[0])
+        if index < 0:  # a heartbeat
+            _finish(sender)
+            return
+        error = chunk["error"].as_numpy().reshape(-1)[0].decode() if last else ""
+        if error:
+            _finish(sender, _error(error, "UNAVAILABLE" if error.startswith(SHUTTING_DOWN) else "INTERNAL"))
+            return
+        _finish(sender, pb_utils.InferenceResponse(self._outputs(chunk, index, last)))
+
+    def _outputs(self, chunk: dict[str, Any], index: int, last: bool) -> list[Any]:
+        ids = chunk["output_ids"].as_numpy().reshape(-1)
+        start, size = (int(chunk[name].as_numpy().reshape(-1)[0]) for name in ("text_start", "text_bytes"))
+        text = b"".join([self._bytes[i] for i in ids])[start:start + size]
+        if "echo" in chunk:
+            text = chunk["echo"].as_numpy().reshape(-1)[0] + text
+        # [1], not [1, 1]: clients of tensorrtllm_backend read as_numpy("text_output")[0]
+        outputs = [_text("text_output", text, (1,)), _tensor("chunk_index", index), _tensor("sequence_index", 0),
+                   _tensor("batch_index", 0)]
+        outputs += [pb_utils.Tensor(t.name, chunk[t.name].as_numpy()) for t in contract.COUNTS if t.name in chunk]
+        if last:
+            outputs += [pb_utils.Tensor(t.name, chunk[t.name].as_numpy()) for t in contract.ENDING]
+        return outputs
+
+    @staticmethod
+    def _stop(uid: Any) -> None:
+        """A step of a cancelled request: the generator's own request is not marked, so tell it."""
+        call = pb_utils.InferenceRequest(model_name=contract.GENERATOR, requested_output_names=[],
+                                         inputs=[pb_utils.Tensor("stop_uid", uid.as_numpy())])
+        for _ in call.exec(decoupled=True):
+            pass

@@ -1,0 +1,1 @@
+from codefuse_triton.triton_io import DetokenizerModel as TritonPythonModel  # noqa: F401
