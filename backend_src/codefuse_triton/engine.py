@@ -1,0 +1,200 @@
+"""Engine: completions from Python, without Triton. Thread-safe; nothing here holds the GIL while it waits."""
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _native
+from ._native import Chunk, DeviceError, Outbox
+from .vocab import Vocab
+
+Prompt = str | bytes | Sequence[int] | npt.NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A whole completion. The end-of-text token is not part of it; tokens cut away by a stop string are neither."""
+
+    uid: int
+    text: str
+    token_ids: npt.NDArray[np.int32]
+    logprobs: npt.NDArray[np.float32]  # of token_ids, empty unless asked for
+    cum_logprob: float
+    finish_reason: str  # eos | stop | length | cancelled
+    stop_reason: str
+    num_input_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+
+
+class Stream:
+    """Chunks of one request. Closing it, or dropping it, cancels the request."""
+
+    def __init__(self, engine: Engine, uid: int, outbox: Outbox) -> None:
+        self.uid = uid
+        self._engine = engine
+        self._outbox = outbox
+        self._ended = False
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self
+
+    def __next__(self) -> Chunk:
+        if self._ended:
+            raise StopIteration
+        try:
+            chunks = self._outbox.poll()
+        except BaseException:  # Ctrl-C
+            self.close()
+            raise
+        if not chunks:  # closed by another thread
+            self._ended = True
+            raise StopIteration
+        self._ended = chunks[0].finish_reason != ""
+        if chunks[0].finish_reason == "error":
+            raise DeviceError(chunks[0].error)
+        return chunks[0]
+
+    def close(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._engine.cancel(self.uid)
+            self._outbox.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Engine:
+    """Loads a weights directory (written by tools/convert.py) and completes prompts.
+
+    device: "cpu", "cuda", "cuda:N" or "auto" (CUDA if there is one). dtype: "float32", "float16", "bfloat16" or "auto"
+    (the CPU computes in float32, CUDA in the checkpoint's type). slots: sequences that run at once. prefill_tokens: prompt
+    tokens of one step. max_len: prompt and new tokens of one request, 0 for the model's limit. kv_memory_mb: 0 for a
+    default. queue: requests that may wait beyond the slots. threads: of the CPU, 0 for all cores.
+
+    ValueError for an option, LoadError for a file, DeviceError for a device.
+    """
+
+    def __init__(self, weights_dir: str | os.PathLike[str], *, device: str = "auto", dtype: str = "auto", tensor_parallel: int = 1,
+                 slots: int = 16, prefill_tokens: int = 512, max_len: int = 0, kv_memory_mb: int = 0, queue: int = 256,
+                 threads: int = 0) -> None:
+        directory = os.fspath(weights_dir)
+        if not os.path.isdir(directory):
+            raise _native.LoadError(f"{directory}: no such directory; expected a weights directory written by tools/convert.py")
+        has_tokenizer = any(os.path.isfile(os.path.join(directory, name)) for name in ("tokenizer.json", "tokenizer.model"))
+        vocab = Vocab.load(directory) if has_tokenizer else Vocab.none(directory)
+        native = _native.Engine(directory, vocab.token_bytes, device=device, dtype=dtype, tensor_parallel=tensor_parallel, slots=slots,
+                                prefill_tokens=prefill_tokens, max_len=max_len, kv_bytes=kv_memory_mb << 20, queue=queue, threads=threads)
+        with open(os.path.join(directory, "config.json"), encoding="utf-8") as f:
+            self._set(native, vocab, json.load(f))
+
+    @classmethod
+    def _of(cls, native: _native.Engine, vocab: Vocab, config: dict[str, Any] | None = None) -> Engine:
+        """An Engine over a native one that was made elsewhere."""
+        self = cls.__new__(cls)
+        self._set(native, vocab, config or {})
+        return self
+
+    def _set(self, native: _native.Engine, vocab: Vocab, config: dict[str, Any]) -> None:
+        self._native = native
+        self.vocab = vocab
+        self.config = config
+        self.device: str = native.device
+        self.dtype: str = native.dtype
+        self.max_len: int = native.max_len
+        self.weight_bytes: int = native.weight_bytes
+        self._eos_ids: list[int] = list(native.eos_ids)
+        _open.add(self)
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, (str, bytes)):
+            return self.vocab.encode(prompt)
+        ids = np.asarray(prompt)
+        if ids.size == 0:
+            return []
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise ValueError(f"prompt has shape {ids.shape} and type {ids.dtype}; expected text or a flat sequence of token ids")
+        if ids.max() > 2**31 - 1 or ids.min() < 0:
+            raise ValueError(f"prompt has token {int(ids.max()) if ids.min() >= 0 else int(ids.min())}; expected 0..{self._native.vocab - 1}")
+        return ids.tolist()  # type: ignore[no-any-return]
+
+    def submit(self, prompt: Prompt, *, outbox: Outbox, max_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+               min_p: float = 0.0, seed: int | None = None, stop: Sequence[str | bytes] = (), include_stop: bool = False,
+               eos_ids: Sequence[int] | None = None, ignore_eos: bool = False, min_tokens: int = 0, stream: bool = True,
+               logprobs: bool = False) -> int:
+        """Starts a completion whose chunks go to `outbox`; returns its uid, a positive number never used again.
+
+        prompt: text, UTF-8 bytes or token ids. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. seed None draws
+        one. stop: the output ends before the first of these to end in it (after it with include_stop). min_tokens: eos and
+        stop strings do not end the output before; an eos sampled earlier stays in it as a token without text.
+        stream=False delivers one chunk with everything. logprobs: of each token under the model, before temperature.
+
+        ValueError names field, value and limit; QueueFull; DeviceError once the device has failed.
+        """
+        if isinstance(stop, (str, bytes)):
+            stop = (stop,)
+        if seed is not None and not 0 <= seed < 2**64:
+            raise ValueError(f"seed is {seed}; expected 0..{2**64 - 1}")
+        eos = [] if ignore_eos else self._eos_ids if eos_ids is None else list(eos_ids)
+        return self._native.submit(self._ids(prompt), outbox, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                                   min_p=min_p, seed=seed, stop=list(stop), include_stop=include_stop, eos_ids=eos, min_tokens=min_tokens,
+                                   stream=stream, logprobs=logprobs)
+
+    def stream(self, prompt: Prompt, **options: Any) -> Stream:
+        """Submits and iterates over the chunks; options as for submit. Raises DeviceError if the device fails."""
+        outbox = Outbox()
+        return Stream(self, self.submit(prompt, outbox=outbox, stream=True, **options), outbox)
+
+    def generate(self, prompt: Prompt, **options: Any) -> Result:
+        """Submits and waits for the whole completion; options as for submit."""
+        outbox = Outbox()
+        uid = self.submit(prompt, outbox=outbox, stream=False, **options)
+        with Stream(self, uid, outbox) as chunks:
+            c = next(chunks)
+        return Result(uid, c.text.decode("utf-8", "replace"), c.token_ids, c.logprobs, c.cum_logprob, c.finish_reason, c.stop_reason,
+                      c.num_input_tokens, c.num_output_tokens, c.num_cached_tokens, c.queue_s, c.prefill_s, c.decode_s)
+
+    def cancel(self, uid: int) -> bool:
+        """Ends a request within one step, wherever it is; False when it is unknown or has ended."""
+        return self._native.cancel(uid)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and the state of the last step; README lists them."""
+        return self._native.stats()
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """Refuses new requests, waits up to drain_s seconds for those at hand, cancels the rest."""
+        self._native.close(drain_s)
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+_open: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for engine in list(_open):
+        engine.close()

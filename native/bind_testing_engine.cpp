@@ -1,0 +1,270 @@
+// Testing hooks of engine/: an Engine over a runner whose next token is a hash of the sequence it finds in its KV pages, the
+// scheduler under a script, and the text cut.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <map>
+#include <mutex>
+#include <set>
+#include <thread>
+
+#include "engine/engine.h"
+
+namespace py = pybind11;
+using namespace codefuse;
+
+namespace {
+
+struct FakeOptions {
+  int fail_launch = -1, fail_collect = -1;  // step that fails
+  int64_t step_us = 0;                      // device time of a step
+  int64_t launch_us = 0;                    // host time of launch
+};
+
+// Emulates a device: a thread runs steps in order, launch() returns at once. One KV "vector" is the (token, position, kind) that
+// was stored; the next token of a row is a hash of all tokens and kinds up to it, read back through the page table.
+class FakeRunner final : public Runner {
+ public:
+  FakeRunner(const Limits& limits, int vocab, const std::string& device, const FakeOptions& options)
+      : limits_(limits), options_(options), device_(device), store_(size_t(limits.pages) * kPageTokens), last_(size_t(limits.slots), -7) {
+    config_.architecture = "fake";
+    config_.vocab = vocab;
+    config_.max_positions = limits.max_len;
+    config_.eos_ids = {0};
+    thread_ = std::thread([this] { work(); });
+  }
+  ~FakeRunner() override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      end_ = true;
+      changed_.notify_all();
+    }
+    thread_.join();
+  }
+
+  const ModelConfig& config() const override { return config_; }
+  const Limits& limits() const override { return limits_; }
+  std::string device() const override { return device_; }
+  std::string dtype() const override { return "float32"; }
+  int64_t weight_bytes() const override { return 0; }
+
+  void launch(const Batch& batch, int ticket) override {
+    if (options_.launch_us > 0) std::this_thread::sleep_for(std::chrono::microseconds(options_.launch_us));
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (launched_ == options_.fail_launch) throw DeviceError("fake: launch failed");
+    if (ticket != launched_ % 2) throw DeviceError("fake: tickets do not alternate");
+    if (launched_ - collected_ >= 2) throw DeviceError("fake: three steps in flight");
+    ++launched_;
+    jobs_.push_back(batch);
+    changed_.notify_all();
+  }
+
+  Sampled collect(int ticket) override {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (collected_ >= launched_ || ticket != collected_ % 2) throw DeviceError("fake: collect of a step that was not launched");
+    const int step = collected_++;
+    changed_.wait(lock, [&] { return done_ > step; });
+    if (step == options_.fail_collect) throw DeviceError("fake: collect failed");
+    if (!broken_.empty()) throw DeviceError("fake: " + broken_);
+    return results_[ticket];
+  }
+
+  std::vector<float> logits(const Batch&) override { throw DeviceError("fake: no logits"); }
+
+  int64_t bubbles() const {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return bubbles_;
+  }
+
+ private:
+  void work() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (true) {
+      if (jobs_.empty() && done_ > 0) ++bubbles_;
+      changed_.wait(lock, [&] { return end_ || !jobs_.empty(); });
+      if (end_) return;
+      const Batch batch = std::move(jobs_.front());
+      jobs_.pop_front();
+      lock.unlock();
+      if (options_.step_us > 0) std::this_thread::sleep_for(std::chrono::microseconds(options_.step_us));
+      std::string broken;
+      Sampled out;
+      try {
+        out = step(batch);
+      } catch (const std::exception& e) {
+        broken = e.what();
+      }
+      lock.lock();
+      results_[done_ % 2] = std::move(out);
+      if (broken_.empty()) broken_ = broken;
+      ++done_;
+      changed_.notify_all();
+    }
+  }
+
+  static void expect(bool ok, const char* what) {
+    if (!ok) throw std::runtime_error(what);
+  }
+
+  struct Cell {
+    int32_t token = -9, position = -9, kind = -9;
+  };
+
+  // Checks everything batch.h promises, stores the rows, samples.
+  Sampled step(const Batch& b) {
+    const int rows = b.rows(), table_width = limits_.max_pages();
+    expect(rows > 0 && rows <= limits_.rows, "rows out of range");
+    expect(b.decode_rows >= 0 && b.decode_rows <= kDecodeRows, "decode rows out of range");
+    expect(int(b.slot.size()) == rows && int(b.position.size()) == rows, "sizes of slot and position");
+    expect(b.table.size() == b.table_slot.size() * size_t(table_width), "size of the page table");
+    std::map<int32_t, const int32_t*> table;
+    for (size_t i = 0; i < b.table_slot.size(); ++i)
+      expect(table.emplace(b.table_slot[i], b.table.data() + i * size_t(table_width)).second, "a slot twice in the page table");
+    int next_row = b.decode_rows;
+    for (const Chunk& c : b.chunks) {
+      expect(c.row == next_row && c.count > 0, "chunks are not the prefill rows in order");
+      for (int r = 0; r < c.count; ++r, ++next_row)
+        expect(b.slot[size_t(next_row)] == c.slot && b.position[size_t(next_row)] == c.position + r, "chunk and rows differ");
+    }
+    expect(next_row == rows, "prefill rows without a chunk");
+
+    std::set<std::pair<int32_t, int>> written;  // (page, offset)
+    std::map<int32_t, int32_t> owner;           // page -> slot
+    for (int r = 0; r < rows; ++r) {
+      const int32_t slot = b.slot[size_t(r)], position = b.position[size_t(r)];
+      expect(slot >= 0 && slot < limits_.slots && table.count(slot), "slot without a page table");
+      expect(position >= 0 && position < limits_.max_len, "position out of range");
+      int32_t token = b.token[size_t(r)];
+      if (token == kLastToken) token = last_[size_t(slot)];
+      expect(token >= 0 && token < config_.vocab, "token out of range");
+      const int32_t page = table[slot][position / kPageTokens];
+      expect(page >= 0 && page < limits_.pages, "page out of range");
+      expect(written.emplace(page, position % kPageTokens).second, "two rows write one KV place");
+      store_[size_t(page) * kPageTokens + size_t(position % kPageTokens)] = {token, position, r >= b.decode_rows};
+    }
+    Sampled out;
+    expect(b.sample.size() == b.logit_row.size(), "sizes of sample and logit_row");
+    for (size_t i = 0; i < b.logit_row.size(); ++i) {
+      const int32_t row = b.logit_row[i];
+      expect(row >= 0 && row < rows && (i == 0 || row > b.logit_row[i - 1]), "logit rows are not in order");
+      const int32_t slot = b.slot[size_t(row)], position = b.position[size_t(row)];
+      uint64_t hash = 14695981039346656037ull;
+      for (int p = 0; p <= position; ++p) {
+        const int32_t page = table[slot][p / kPageTokens];
+        auto [it, is_new] = owner.emplace(page, slot);
+        expect(it->second == slot, "one page in two sequences");
+        const Cell& c = store_[size_t(page) * kPageTokens + size_t(p % kPageTokens)];
+        expect(c.position == p, "KV of another position");
+        hash = (hash ^ uint64_t(c.token * 2 + c.kind)) * 1099511628211ull;
+      }
+      hash ^= b.sample[i].seed * 0x9e3779b97f4a7c15ull;
+      hash = (hash ^ (hash >> 31)) * 0xbf58476d1ce4e5b9ull;
+      const int32_t token = int32_t((hash >> 33) % uint64_t(config_.vocab));
+      last_[size_t(slot)] = token;
+      out.token.push_back(token);
+      out.logprob.push_back(-0.25f * float(token));
+    }
+    return out;
+  }
+
+  const Limits limits_;
+  const FakeOptions options_;
+  const std::string device_;
+  ModelConfig config_;
+  std::vector<Cell> store_;     // [pages * kPageTokens], the worker's
+  std::vector<int32_t> last_;   // [slots], the worker's
+
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<Batch> jobs_;
+  Sampled results_[2];
+  std::string broken_;
+  int launched_ = 0, done_ = 0, collected_ = 0;
+  int64_t bubbles_ = 0;  // times the device had nothing to do
+  bool end_ = false;
+  std::thread thread_;
+};
+
+Limits limits_of(int slots, int rows, int max_len, int pages) {
+  Limits l;
+  l.slots = slots;
+  l.rows = rows;
+  l.max_len = max_len;
+  l.pages = pages;
+  return l;
+}
+
+}  // namespace
+
+void bind_testing_engine(py::module_& module) {
+  py::module_ m = module.def_submodule("testing");
+
+  m.def("fake_engine", [](int slots, int prefill_tokens, int max_len, int pages, int queue, int vocab, TokenBytes token_bytes,
+                          const std::string& device, int depth, int fail_launch, int fail_collect, int64_t step_us, int64_t launch_us) {
+    auto runner = std::make_unique<FakeRunner>(limits_of(slots, prefill_tokens + slots, max_len, pages), vocab, device,
+                                               FakeOptions{fail_launch, fail_collect, step_us, launch_us});
+    return std::make_unique<Engine>(std::move(runner), std::move(token_bytes), EngineOptions{prefill_tokens, queue, depth});
+  }, py::kw_only(), py::arg("slots") = 4, py::arg("prefill_tokens") = 16, py::arg("max_len") = 256, py::arg("pages") = 32, py::arg("queue") = 16,
+     py::arg("vocab") = 64, py::arg("token_bytes") = TokenBytes(), py::arg("device") = "fake", py::arg("depth") = 0,
+     py::arg("fail_launch") = -1, py::arg("fail_collect") = -1, py::arg("step_us") = 0, py::arg("launch_us") = 0);
+
+  m.def("bubbles", [](const Engine& e) { return dynamic_cast<const FakeRunner&>(e.runner()).bubbles(); });
+
+  py::class_<Scheduler>(m, "Scheduler")
+      .def(py::init([](int slots, int rows, int prefill_rows, int max_len, int pages) {
+        return std::make_unique<Scheduler>(limits_of(slots, rows, max_len, pages), prefill_rows);
+      }), py::kw_only(), py::arg("slots"), py::arg("rows"), py::arg("prefill_rows"), py::arg("max_len"), py::arg("pages"))
+      .def("add", [](Scheduler& s, int64_t uid, std::vector<int32_t> prompt, int max_tokens) { s.add(uid, std::move(prompt), max_tokens, {}); })
+      .def("accept", &Scheduler::accept)
+      .def("remove", &Scheduler::remove)
+      .def("schedule", [](Scheduler& s) -> py::object {
+        Batch b;
+        Step step;
+        if (!s.schedule(&b, &step)) return py::none();
+        py::list chunks;
+        for (const Chunk& c : b.chunks) chunks.append(py::make_tuple(c.row, c.count, c.slot, c.position));
+        py::dict d;
+        d["decode_rows"] = b.decode_rows;
+        d["token"] = b.token;
+        d["slot"] = b.slot;
+        d["position"] = b.position;
+        d["chunks"] = chunks;
+        d["logit_row"] = b.logit_row;
+        d["table_slot"] = b.table_slot;
+        d["table"] = b.table;
+        d["sampled"] = step.sampled;
+        d["admitted"] = step.admitted;
+        return d;
+      })
+      .def_property_readonly("running", &Scheduler::running)
+      .def_property_readonly("waiting", &Scheduler::waiting)
+      .def_property_readonly("free_pages", &Scheduler::free_pages)
+      .def_property_readonly("preemptions", &Scheduler::preemptions);
+
+  py::class_<KvPages>(m, "KvPages")
+      .def(py::init<int>())
+      .def("take", &KvPages::take)
+      .def("share", &KvPages::share)
+      .def("release", &KvPages::release)
+      .def("references", &KvPages::references)
+      .def_property_readonly("free", &KvPages::free);
+
+  // Pieces of the text of tokens 0, 1, ..: [(ids, text)] as released after each token and at the end; the stop string found.
+  m.def("cut_text", [](const TokenBytes& tokens, std::vector<std::string> stops, bool include_stop, int min_tokens) {
+    TextCut cut(&tokens, std::move(stops), include_stop, min_tokens);
+    py::list pieces;
+    bool ended = false;
+    for (size_t i = 0; i <= tokens.size(); ++i) {
+      if (i < tokens.size()) ended = cut.push(int32_t(i), -float(i));
+      const bool last = ended || i == tokens.size();
+      Piece piece;
+      cut.release(last, &piece);
+      if (last || !piece.tokens.empty()) pieces.append(py::make_tuple(piece.tokens, py::bytes(piece.text)));
+      if (last) break;
+    }
+    return py::make_tuple(pieces, py::bytes(cut.matched()));
+  }, py::arg("tokens"), py::arg("stops") = std::vector<std::string>(), py::arg("include_stop") = false, py::arg("min_tokens") = 0);
+}

@@ -1,0 +1,278 @@
+#include "engine/engine.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace codefuse {
+
+namespace {
+
+double seconds(std::chrono::steady_clock::time_point from, std::chrono::steady_clock::time_point to) {
+  return std::chrono::duration<double>(to - from).count();
+}
+
+int64_t samples_of(const Step& s) { return int64_t(s.sampled.size()); }
+
+}  // namespace
+
+Engine::Live::Live(int64_t id, Request&& r, const TokenBytes* table)
+    : uid(id), request(std::move(r)), text(table, request.stop, request.include_stop, request.min_tokens), submitted(Clock::now()) {}
+
+Engine::Engine(std::unique_ptr<Runner> runner, TokenBytes token_bytes, const EngineOptions& options)
+    : runner_(std::move(runner)),
+      token_bytes_(std::move(token_bytes)),
+      options_(options),
+      depth_(options.depth > 0 ? options.depth : runner_->device() == "cpu" ? 1 : 2),
+      scheduler_(runner_->limits(), options.prefill_rows) {
+  if (options.queue < 0) throw ValueError(cat("queue is ", options.queue, "; expected 0 or more"));
+  if (options.depth < 0 || options.depth > 2) throw ValueError(cat("depth is ", options.depth, "; expected 0..2"));
+  stats_.slots = scheduler_.limits().slots;
+  stats_.queue = options.queue;
+  stats_.pages = stats_.free_pages = scheduler_.limits().pages;
+  thread_ = std::thread([this] { run(); });
+}
+
+Engine::~Engine() { close(0); }
+
+void Engine::validate(const Request& r) const {
+  const Limits& limits = scheduler_.limits();
+  const int vocab = runner_->config().vocab, size = int(r.prompt.size());
+  if (r.prompt.empty()) throw ValueError("prompt has no tokens; expected at least 1");
+  if (r.prompt.size() >= size_t(limits.max_len))
+    throw ValueError(cat("prompt has ", r.prompt.size(), " tokens; expected at most ", limits.max_len - 1, " (max_len ", limits.max_len, " less one new token)"));
+  for (int i = 0; i < size; ++i)
+    if (r.prompt[size_t(i)] < 0 || r.prompt[size_t(i)] >= vocab)
+      throw ValueError(cat("prompt[", i, "] is token ", r.prompt[size_t(i)], "; expected 0..", vocab - 1));
+  if (r.max_tokens < 1) throw ValueError(cat("max_tokens is ", r.max_tokens, "; expected at least 1"));
+  if (r.max_tokens > limits.max_len - size)
+    throw ValueError(cat("max_tokens is ", r.max_tokens, "; expected at most ", limits.max_len - size, " with a prompt of ", size,
+                         " tokens (max_len ", limits.max_len, ")"));
+  const int need = Scheduler::pages_for(size + r.max_tokens - 1);
+  if (need > limits.pages)
+    throw ValueError(cat("prompt of ", size, " tokens and max_tokens ", r.max_tokens, " need ", need, " KV pages; the pool has ", limits.pages));
+  if (r.min_tokens < 0 || r.min_tokens > r.max_tokens)
+    throw ValueError(cat("min_tokens is ", r.min_tokens, "; expected 0..", r.max_tokens, " (max_tokens)"));
+  const SampleParams& s = r.sample;
+  if (!std::isfinite(s.temperature) || s.temperature < 0)
+    throw ValueError(cat("temperature is ", s.temperature, "; expected a finite number, 0 or more"));
+  if (s.top_k < 0) throw ValueError(cat("top_k is ", s.top_k, "; expected 0 (off) or more"));
+  if (!(s.top_p > 0 && s.top_p <= 1)) throw ValueError(cat("top_p is ", s.top_p, "; expected more than 0, at most 1"));
+  if (!(s.min_p >= 0 && s.min_p <= 1)) throw ValueError(cat("min_p is ", s.min_p, "; expected 0..1"));
+  size_t stop_bytes = 0;
+  for (size_t i = 0; i < r.stop.size(); ++i) {
+    if (r.stop[i].empty()) throw ValueError(cat("stop[", i, "] is empty"));
+    stop_bytes += r.stop[i].size();
+  }
+  if (stop_bytes > 65536) throw ValueError(cat("stop has ", stop_bytes, " bytes; expected at most 65536"));
+  for (size_t i = 0; i < r.eos_ids.size(); ++i)
+    if (r.eos_ids[i] < 0 || r.eos_ids[i] >= vocab)
+      throw ValueError(cat("eos_ids[", i, "] is ", r.eos_ids[i], "; expected 0..", vocab - 1));
+  if (!r.outbox) throw ValueError("outbox is missing");
+}
+
+int64_t Engine::submit(Request request) {
+  auto refuse = [this] {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++stats_.refused;
+  };
+  try {
+    validate(request);
+  } catch (...) {
+    refuse();
+    throw;
+  }
+  auto live = std::make_unique<Live>(0, std::move(request), &token_bytes_);
+  std::lock_guard<std::mutex> lock(mutex_);
+  const size_t most = size_t(scheduler_.limits().slots + options_.queue);
+  if (!error_.empty() || closing_ || alive_.size() >= most) {
+    ++stats_.refused;
+    if (!error_.empty()) throw DeviceError(cat("the engine has failed: ", error_));
+    if (closing_) throw std::runtime_error("the engine is closed");
+    throw QueueFull(cat("the queue is full: ", alive_.size(), " requests are alive; expected at most ", most, " (",
+                        scheduler_.limits().slots, " slots and a queue of ", options_.queue, ")"));
+  }
+  const int64_t uid = live->uid = next_uid_++;
+  alive_.insert(uid);
+  incoming_.push_back(std::move(live));
+  ++stats_.submitted;
+  wake_.notify_one();
+  return uid;
+}
+
+bool Engine::cancel(int64_t uid) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!alive_.count(uid)) return false;
+  cancels_.push_back(uid);
+  wake_.notify_one();
+  return true;
+}
+
+EngineStats Engine::stats() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  EngineStats s = stats_;
+  s.waiting += int(incoming_.size());
+  s.error = error_;
+  return s;
+}
+
+void Engine::close(double drain_s) {
+  std::lock_guard<std::mutex> one_at_a_time(close_mutex_);
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    closing_ = true;
+    if (drain_s > 0) drained_.wait_for(lock, std::chrono::duration<double>(std::min(drain_s, 1e6)), [this] { return alive_.empty(); });
+    stop_ = true;
+    wake_.notify_one();
+  }
+  if (thread_.joinable()) thread_.join();
+}
+
+void Engine::run() {
+  std::string error;
+  try {
+    serve();
+  } catch (const std::exception& e) {
+    error = e.what();
+    if (error.empty()) error = "unknown failure";
+  } catch (...) {
+    error = "unknown failure";
+  }
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    error_ = error;
+    closing_ = true;
+    for (auto& live : incoming_) live_.emplace(live->uid, std::move(live));
+    incoming_.clear();
+  }
+  end_all(error.empty() ? Finish::cancelled : Finish::error, error);
+}
+
+// At most depth_ steps are in flight; the host's work on one overlaps the device's on the next.
+void Engine::serve() {
+  while (take_commands()) {
+    const bool launched = launch();
+    const int64_t in_flight = launches_ - collects_;
+    if (!launched && in_flight == 0 && !live_.empty()) throw std::logic_error("scheduler: requests are waiting, but none can run");
+    if (in_flight >= (launched ? depth_ : 1)) collect();
+  }
+}
+
+bool Engine::take_commands() {
+  std::vector<std::unique_ptr<Live>> incoming;
+  std::vector<int64_t> cancels;
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    stats_.running = scheduler_.running();
+    stats_.waiting = scheduler_.waiting();
+    stats_.free_pages = scheduler_.free_pages();
+    stats_.preemptions = scheduler_.preemptions();
+    const bool idle = live_.empty() && launches_ == collects_;
+    if (idle) wake_.wait(lock, [this] { return stop_ || !incoming_.empty() || !cancels_.empty(); });
+    if (stop_) return false;
+    incoming.swap(incoming_);
+    cancels.swap(cancels_);
+  }
+  for (auto& live : incoming) {
+    const Request& r = live->request;
+    scheduler_.add(live->uid, r.prompt, r.max_tokens, r.sample);
+    live_.emplace(live->uid, std::move(live));
+  }
+  for (int64_t uid : cancels) end(uid, Finish::cancelled);
+  return true;
+}
+
+bool Engine::launch() {
+  const int ticket = int(launches_ & 1);
+  Step& step = steps_[ticket];
+  if (!scheduler_.schedule(&batches_[ticket], &step)) return false;
+  launched_[ticket] = Clock::now();
+  for (int64_t uid : step.admitted) live_.at(uid)->started = launched_[ticket];
+  runner_->launch(batches_[ticket], ticket);
+  ++launches_;
+  return true;
+}
+
+void Engine::collect() {
+  const int ticket = int(collects_ & 1);
+  const Step& step = steps_[ticket];
+  const Sampled sampled = runner_->collect(ticket);
+  ++collects_;
+  if (int64_t(sampled.token.size()) < samples_of(step) || int64_t(sampled.logprob.size()) < samples_of(step))
+    throw std::logic_error(cat("runner: ", sampled.token.size(), " samples; expected ", samples_of(step)));
+  const Clock::time_point now = Clock::now();
+  const double took = seconds(std::max(launched_[ticket], collected_), now);
+  collected_ = now;
+  int64_t used = 0;
+  for (size_t i = 0; i < step.sampled.size(); ++i) {
+    if (!scheduler_.accept(step.sampled[i], sampled.token[i])) continue;
+    ++used;
+    Live& live = *live_.at(step.sampled[i]);
+    if (live.text.pushed() == 0) live.first = now;
+    advance(live, sampled.token[i], sampled.logprob[i]);
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  ++stats_.steps;
+  stats_.prefill_tokens += step.prefill_rows;
+  stats_.decode_tokens += used;
+  stats_.wasted_rows += samples_of(step) - used;
+  stats_.step_s = stats_.steps == 1 ? took : stats_.step_s + 0.1 * (took - stats_.step_s);
+}
+
+void Engine::advance(Live& live, int32_t token, float logprob) {
+  const Request& r = live.request;
+  const bool may_end = live.text.pushed() >= r.min_tokens;
+  if (may_end && std::find(r.eos_ids.begin(), r.eos_ids.end(), token) != r.eos_ids.end()) return end(live.uid, Finish::eos);
+  if (live.text.push(token, logprob)) return end(live.uid, Finish::stop);
+  if (live.text.pushed() == r.max_tokens) return end(live.uid, Finish::length);
+  if (!r.stream) return;
+  live.text.release(false, &live.piece);
+  if (!live.piece.tokens.empty()) deliver(live, Finish::none, "");
+}
+
+void Engine::end(int64_t uid, Finish finish, const std::string& error) {
+  auto it = live_.find(uid);
+  if (it == live_.end()) return;
+  std::unique_ptr<Live> live = std::move(it->second);
+  live_.erase(it);
+  scheduler_.remove(uid);
+  live->text.release(true, &live->piece);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    alive_.erase(uid);
+    ++stats_.finished[size_t(finish)];
+    stats_.running = scheduler_.running();
+    stats_.waiting = scheduler_.waiting();
+    stats_.free_pages = scheduler_.free_pages();
+    if (alive_.empty()) drained_.notify_all();
+  }
+  deliver(*live, finish, error);
+}
+
+void Engine::end_all(Finish finish, const std::string& error) {
+  while (!live_.empty()) end(live_.begin()->first, finish, error);
+}
+
+void Engine::deliver(Live& live, Finish finish, const std::string& error) {
+  const Clock::time_point now = Clock::now(), none{};
+  Output out;
+  out.uid = live.uid;
+  out.tokens.swap(live.piece.tokens);
+  out.text.swap(live.piece.text);
+  live.output_tokens += int(out.tokens.size());
+  for (float p : live.piece.logprobs) live.cum_logprob += p;
+  if (live.request.logprobs) out.logprobs = live.piece.logprobs;
+  live.piece.logprobs.clear();
+  out.finish = finish;
+  if (finish == Finish::stop) out.stop = live.text.matched();
+  out.error = error;
+  out.input_tokens = int(live.request.prompt.size());
+  out.output_tokens = live.output_tokens;
+  out.cum_logprob = live.cum_logprob;
+  const Clock::time_point started = live.started == none ? now : live.started, first = live.first == none ? now : live.first;
+  out.queue_s = seconds(live.submitted, started);
+  out.prefill_s = seconds(started, first);
+  out.decode_s = seconds(first, now);
+  live.request.outbox->put(std::move(out));
+}
+
+}  // namespace codefuse

@@ -1,0 +1,127 @@
+// The serving loop: requests in, outputs to their outboxes, one thread that keeps the device busy.
+#pragma once
+#include <chrono>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+#include "core/check.h"
+#include "engine/outbox.h"
+#include "engine/scheduler.h"
+#include "engine/text.h"
+#include "model/runner.h"
+
+namespace codefuse {
+
+struct QueueFull : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct EngineOptions {
+  int prefill_rows = 512;  // prompt tokens of one step at most
+  int queue = 256;         // requests that may wait beyond those that have a slot
+  int depth = 0;           // steps in flight: 2 launches a step before the results of the one before are read, 1 does not;
+                           // 0: 1 on the CPU, where launch() computes, else 2
+};
+
+struct Request {
+  std::vector<int32_t> prompt;
+  int max_tokens = 128;
+  SampleParams sample;
+  std::vector<std::string> stop;  // bytes; none empty
+  bool include_stop = false;
+  std::vector<int32_t> eos_ids;
+  int min_tokens = 0;             // eos and stop strings do not end the text before
+  bool stream = true;             // false: only the last output is delivered
+  bool logprobs = false;
+  std::shared_ptr<Outbox> outbox;
+};
+
+struct EngineStats {
+  int running = 0, waiting = 0, slots = 0, queue = 0, pages = 0, free_pages = 0;
+  int64_t steps = 0, prefill_tokens = 0, decode_tokens = 0;  // decode_tokens: sampled tokens that a request used
+  int64_t wasted_rows = 0;   // samples of sequences that had ended
+  int64_t preemptions = 0;
+  double step_s = 0;         // moving average
+  int64_t submitted = 0, refused = 0;
+  int64_t finished[6] = {};  // by Finish
+  std::string error;         // not empty: the device failed and nothing more is served
+};
+
+// The end-of-text token that ends a request is neither delivered nor counted. Tokens that lie wholly behind a stop string's
+// cut are not delivered either.
+class Engine {
+ public:
+  Engine(std::unique_ptr<Runner> runner, TokenBytes token_bytes, const EngineOptions& options);
+  ~Engine();
+
+  const Runner& runner() const { return *runner_; }
+
+  // Uid of the request, positive and unique. ValueError; QueueFull; DeviceError after a failure; runtime_error when closed.
+  int64_t submit(Request request);
+  // False when there is no such request or it has ended. The last output of a cancelled request has Finish::cancelled.
+  bool cancel(int64_t uid);
+  EngineStats stats() const;
+  // Admits nothing more, lets requests finish for up to drain_s seconds, cancels the rest, ends the thread. May be repeated.
+  void close(double drain_s);
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  struct Live {
+    Live(int64_t uid, Request&& request, const TokenBytes* table);
+    int64_t uid;
+    Request request;
+    TextCut text;
+    Piece piece;  // released, not delivered: all of it until the end when not streaming
+    Clock::time_point submitted, started{}, first{};
+    int output_tokens = 0;
+    double cum_logprob = 0;
+  };
+
+  void validate(const Request& r) const;
+  void run();
+  void serve();
+  bool take_commands();  // false: the thread is to end
+  bool launch();         // false: nothing to run now
+  void collect();
+  void advance(Live& live, int32_t token, float logprob);
+  void end(int64_t uid, Finish finish, const std::string& error = "");
+  void end_all(Finish finish, const std::string& error);
+  void deliver(Live& live, Finish finish, const std::string& error);
+
+  std::unique_ptr<Runner> runner_;
+  TokenBytes token_bytes_;
+  EngineOptions options_;
+  int depth_;
+
+  // the engine thread's own
+  Scheduler scheduler_;
+  std::unordered_map<int64_t, std::unique_ptr<Live>> live_;
+  Batch batches_[2];
+  Step steps_[2];
+  Clock::time_point launched_[2];
+  Clock::time_point collected_{};
+  int64_t launches_ = 0, collects_ = 0;
+
+  // shared
+  mutable std::mutex mutex_;
+  std::condition_variable wake_;    // for the engine thread: a command or the end
+  std::condition_variable drained_; // for close: no request is alive
+  std::vector<std::unique_ptr<Live>> incoming_;
+  std::vector<int64_t> cancels_;
+  std::unordered_set<int64_t> alive_;  // submitted and not ended
+  int64_t next_uid_ = 1;
+  bool closing_ = false, stop_ = false;
+  std::string error_;
+  EngineStats stats_;  // the scheduler's figures as of the last step
+
+  std::mutex close_mutex_;
+  std::thread thread_;
+};
+
+}  // namespace codefuse

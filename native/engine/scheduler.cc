@@ -1,0 +1,190 @@
+#include "engine/scheduler.h"
+
+#include <algorithm>
+
+#include "core/check.h"
+
+namespace codefuse {
+
+Scheduler::Scheduler(const Limits& limits, int prefill_rows)
+    : limits_(limits),
+      prefill_rows_(std::min(prefill_rows, limits.rows - limits.slots)),
+      decode_limit_(std::min(kDecodeRows, limits.rows)),
+      pages_(limits.pages) {
+  if (limits.slots < 1 || limits.slots > kDecodeRows)
+    throw ValueError(cat("slots is ", limits.slots, "; expected 1..", kDecodeRows));
+  if (prefill_rows_ < 1)
+    throw ValueError(cat("prefill rows are ", prefill_rows, " of ", limits.rows, " rows with ", limits.slots, " slots; expected at least 1"));
+  for (int s = limits.slots - 1; s >= 0; --s) free_slots_.push_back(s);
+}
+
+void Scheduler::add(int64_t uid, std::vector<int32_t> prompt, int max_tokens, const SampleParams& sample) {
+  auto s = std::make_unique<Sequence>();
+  s->uid = uid;
+  s->prompt = std::move(prompt);
+  s->max_tokens = max_tokens;
+  s->sample = sample;
+  waiting_.push_back(s.get());
+  all_.emplace(uid, std::move(s));
+}
+
+bool Scheduler::schedule(Batch* batch, Step* step) {
+  *step = Step();
+  batch->decode_rows = 0;
+  batch->token.clear();
+  batch->slot.clear();
+  batch->position.clear();
+  batch->chunks.clear();
+  batch->logit_row.clear();
+  batch->sample.clear();
+  batch->table_slot.clear();
+  batch->table.clear();
+
+  grow_decoding();
+  admit(step);
+  put_decode_rows(batch, step);
+  put_chunks(batch, step);
+  retire_complete();
+  return batch->rows() > 0;
+}
+
+bool Scheduler::accept(int64_t uid, int32_t token) {
+  auto it = all_.find(uid);
+  if (it == all_.end()) return false;
+  it->second->generated.push_back(token);
+  --it->second->in_flight;
+  return true;
+}
+
+void Scheduler::remove(int64_t uid) {
+  auto it = all_.find(uid);
+  if (it == all_.end()) return;
+  Sequence* s = it->second.get();
+  release(*s);
+  running_.erase(std::remove(running_.begin(), running_.end(), s), running_.end());
+  waiting_.erase(std::remove(waiting_.begin(), waiting_.end(), s), waiting_.end());
+  all_.erase(it);
+}
+
+bool Scheduler::grow(Sequence& s, int tokens) {
+  while (int(s.pages.size()) < pages_for(tokens)) {
+    int32_t page = pages_.take();
+    if (page < 0) return false;
+    s.pages.push_back(page);
+  }
+  return true;
+}
+
+// Pages for the decode rows of this step, oldest sequence first. Only sequences behind the one in hand are preempted.
+void Scheduler::grow_decoding() {
+  for (size_t i = 0; i < running_.size(); ++i) {
+    Sequence* s = running_[i];
+    if (!s->prefilled()) continue;
+    while (s->slot >= 0 && !grow(*s, s->total())) preempt_youngest();
+  }
+}
+
+void Scheduler::admit(Step* step) {
+  int backlog = 0;  // prompt rows of running sequences
+  int reserve = 0;  // pages left for running sequences that are still growing, one each
+  for (Sequence* s : running_) {
+    backlog += std::max(0, s->prompt_size() - s->computed);
+    reserve += pages_for(s->at_most()) > int(s->pages.size());
+  }
+  while (!waiting_.empty() && !free_slots_.empty() && backlog < prefill_rows_) {
+    Sequence* s = waiting_.front();
+    if (s->in_flight > 0) break;  // preempted with a token on its way
+    int need = pages_for(s->known());
+    if (pages_.free() < need + (running_.empty() ? 0 : reserve)) break;
+    waiting_.pop_front();
+    s->slot = free_slots_.back();
+    free_slots_.pop_back();
+    grow(*s, s->known());
+    running_.push_back(s);
+    backlog += s->prompt_size();
+    reserve += pages_for(s->at_most()) > need;
+    if (!s->started) step->admitted.push_back(s->uid);
+    s->started = true;
+  }
+}
+
+void Scheduler::put_row(Batch* batch, const Sequence& s, int32_t token, int position) {
+  batch->token.push_back(token);
+  batch->slot.push_back(s.slot);
+  batch->position.push_back(position);
+}
+
+void Scheduler::put_sample(Batch* batch, Step* step, Sequence& s) {
+  batch->logit_row.push_back(batch->rows() - 1);
+  batch->sample.push_back(s.sample);
+  step->sampled.push_back(s.uid);
+  ++s.in_flight;
+}
+
+void Scheduler::put_decode_rows(Batch* batch, Step* step) {
+  int decoding = 0;
+  for (const Sequence* s : running_) decoding += s->prefilled();
+  int spare = decode_limit_ - decoding;  // for sequences that run several generated tokens again
+  for (Sequence* s : running_) {
+    if (!s->prefilled()) continue;
+    int rows = std::min(s->total() - s->computed, 1 + spare);
+    spare -= rows - 1;
+    put_table(batch, *s);
+    for (int r = 0; r < rows; ++r, ++s->computed) {
+      bool known = s->computed < s->known();
+      put_row(batch, *s, known ? s->generated[size_t(s->computed - s->prompt_size())] : kLastToken, s->computed);
+    }
+    if (s->computed == s->total()) put_sample(batch, step, *s);
+  }
+  batch->decode_rows = step->decode_rows = batch->rows();
+}
+
+void Scheduler::put_chunks(Batch* batch, Step* step) {
+  int budget = std::min(prefill_rows_, limits_.rows - batch->decode_rows);
+  for (Sequence* s : running_) {
+    if (budget == 0) break;
+    if (s->prefilled()) continue;
+    int count = std::min(s->prompt_size() - s->computed, budget);
+    budget -= count;
+    put_table(batch, *s);
+    batch->chunks.push_back({batch->rows(), count, s->slot, s->computed});
+    for (int r = 0; r < count; ++r, ++s->computed) put_row(batch, *s, s->prompt[size_t(s->computed)], s->computed);
+    if (s->prefilled() && s->generated.empty()) put_sample(batch, step, *s);
+  }
+  step->prefill_rows = batch->rows() - batch->decode_rows;
+}
+
+void Scheduler::put_table(Batch* batch, const Sequence& s) {
+  size_t begin = batch->table.size();
+  batch->table_slot.push_back(s.slot);
+  batch->table.resize(begin + size_t(limits_.max_pages()), 0);
+  std::copy(s.pages.begin(), s.pages.end(), batch->table.begin() + int64_t(begin));
+}
+
+void Scheduler::preempt_youngest() {
+  Sequence* s = running_.back();
+  running_.pop_back();
+  release(*s);
+  s->computed = 0;
+  waiting_.push_front(s);
+  ++preemptions_;
+}
+
+// A sequence whose last token is being sampled needs neither slot nor pages: later steps run after this one.
+void Scheduler::retire_complete() {
+  auto complete = [this](Sequence* s) {
+    if (s->chosen() < s->max_tokens) return false;
+    release(*s);
+    return true;
+  };
+  running_.erase(std::remove_if(running_.begin(), running_.end(), complete), running_.end());
+}
+
+void Scheduler::release(Sequence& s) {
+  for (int32_t page : s.pages) pages_.release(page);
+  s.pages.clear();
+  if (s.slot >= 0) free_slots_.push_back(s.slot);
+  s.slot = -1;
+}
+
+}  // namespace codefuse

@@ -1,0 +1,97 @@
+// Which rows run in the next step: continuous batching over a fixed number of slots and a pool of KV pages.
+// Holds token ids, slots and pages, no tensors. Not thread-safe: the engine's thread owns it.
+#pragma once
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "engine/kv_pages.h"
+#include "ops/batch.h"
+
+namespace codefuse {
+
+// What the engine must remember about a launched step to read its results.
+struct Step {
+  std::vector<int64_t> sampled;   // [samples] uid whose next token each sample is
+  std::vector<int64_t> admitted;  // uids that got their first rows in this step
+  int decode_rows = 0;
+  int prefill_rows = 0;
+};
+
+// Sequences are first come, first served. A running sequence that needs a page when none is free preempts the youngest
+// running one, which loses slot and pages and goes back to the head of the queue; on resumption its prompt runs as prefill
+// rows and its generated tokens as decode rows, so every row is computed as it was the first time. The oldest sequence
+// can take every page and fits the pool, so it always advances and none starves.
+//
+// schedule() may run before the previous step's tokens are known: such a row carries kLastToken.
+class Scheduler {
+ public:
+  // prefill_rows: prompt tokens of one step at most.
+  Scheduler(const Limits& limits, int prefill_rows);
+
+  const Limits& limits() const { return limits_; }
+  // Pages of a sequence at its longest; its last token is never fed back.
+  static int pages_for(int tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
+
+  // 1 <= prompt.size(), prompt.size() + max_tokens <= max_len, pages_for(prompt + max_tokens - 1) <= pages.
+  void add(int64_t uid, std::vector<int32_t> prompt, int max_tokens, const SampleParams& sample);
+
+  // Fills batch and step with the next rows; false when nothing can run before results arrive or requests are added.
+  bool schedule(Batch* batch, Step* step);
+
+  // Result of one sample, in step order. False: the sequence is gone, the token is to be dropped.
+  bool accept(int64_t uid, int32_t token);
+
+  // Finished or cancelled, wherever it is: slot and pages are free for the next step.
+  void remove(int64_t uid);
+
+  int running() const { return int(running_.size()); }
+  int waiting() const { return int(waiting_.size()); }
+  int free_pages() const { return pages_.free(); }
+  int64_t preemptions() const { return preemptions_; }
+
+ private:
+  struct Sequence {
+    int64_t uid;
+    std::vector<int32_t> prompt, generated;
+    int max_tokens;
+    SampleParams sample;
+    int slot = -1;
+    std::vector<int32_t> pages;
+    int computed = 0;   // tokens whose rows were launched since admission
+    int in_flight = 0;  // tokens being sampled
+    bool started = false;
+
+    int prompt_size() const { return int(prompt.size()); }
+    int known() const { return int(prompt.size() + generated.size()); }
+    int total() const { return known() + in_flight; }
+    int at_most() const { return prompt_size() + max_tokens - 1; }
+    bool prefilled() const { return computed >= prompt_size(); }
+    int chosen() const { return int(generated.size()) + in_flight; }
+  };
+
+  bool grow(Sequence& s, int tokens);
+  void grow_decoding();
+  void admit(Step* step);
+  void put_row(Batch* batch, const Sequence& s, int32_t token, int position);
+  void put_sample(Batch* batch, Step* step, Sequence& s);
+  void put_decode_rows(Batch* batch, Step* step);
+  void put_chunks(Batch* batch, Step* step);
+  void put_table(Batch* batch, const Sequence& s);
+  void preempt_youngest();
+  void retire_complete();
+  void release(Sequence& s);
+
+  Limits limits_;
+  int prefill_rows_, decode_limit_;
+  KvPages pages_;
+  std::vector<int32_t> free_slots_;
+  std::unordered_map<int64_t, std::unique_ptr<Sequence>> all_;
+  std::vector<Sequence*> running_;  // oldest first
+  std::deque<Sequence*> waiting_;   // oldest first
+  int64_t preemptions_ = 0;
+};
+
+}  // namespace codefuse

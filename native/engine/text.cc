@@ -1,0 +1,109 @@
+#include "engine/text.h"
+
+#include <algorithm>
+
+namespace codefuse {
+
+// Table 3-7 of the Unicode standard: well-formed byte sequences.
+void Utf8Boundary::next(uint8_t b) {
+  if (need_ > 0 && b >= low_ && b <= high_) {
+    --need_;
+    low_ = 0x80, high_ = 0xbf;
+    return;
+  }
+  need_ = b >= 0xc2 && b <= 0xdf ? 1 : b >= 0xe0 && b <= 0xef ? 2 : b >= 0xf0 && b <= 0xf4 ? 3 : 0;
+  low_ = b == 0xe0 ? 0xa0 : b == 0xf0 ? 0x90 : 0x80;
+  high_ = b == 0xed ? 0x9f : b == 0xf4 ? 0x8f : 0xbf;
+}
+
+StopMatcher::StopMatcher(std::vector<std::string> stops) : stops_(std::move(stops)), nodes_(1) {
+  std::vector<int> depth(1, 0);
+  for (size_t i = 0; i < stops_.size(); ++i) {
+    int node = 0;
+    for (char c : stops_[i]) {
+      int to = child(node, uint8_t(c));
+      if (to < 0) {
+        to = int(nodes_.size());
+        nodes_[size_t(node)].children.emplace_back(uint8_t(c), to);
+        nodes_.emplace_back();
+        depth.push_back(depth[size_t(node)] + 1);
+      }
+      node = to;
+    }
+    if (node != 0 && nodes_[size_t(node)].match < 0) nodes_[size_t(node)].match = int(i);
+  }
+  std::vector<int> order(1, 0);  // breadth first
+  for (size_t i = 0; i < order.size(); ++i) {
+    int node = order[i];
+    for (auto [byte, to] : nodes_[size_t(node)].children) {
+      order.push_back(to);
+      Node& n = nodes_[size_t(to)];
+      int fail = nodes_[size_t(node)].fail;
+      while (fail != 0 && child(fail, byte) < 0) fail = nodes_[size_t(fail)].fail;
+      int target = node == 0 ? -1 : child(fail, byte);
+      n.fail = target < 0 ? 0 : target;
+      if (n.match < 0) n.match = nodes_[size_t(n.fail)].match;
+      n.held = n.children.empty() ? nodes_[size_t(n.fail)].held : depth[size_t(to)];
+    }
+  }
+}
+
+int StopMatcher::child(int node, uint8_t byte) const {
+  for (auto [b, to] : nodes_[size_t(node)].children)
+    if (b == byte) return to;
+  return -1;
+}
+
+int StopMatcher::next(uint8_t byte) {
+  int to = child(state_, byte);
+  while (to < 0 && state_ != 0) {
+    state_ = nodes_[size_t(state_)].fail;
+    to = child(state_, byte);
+  }
+  state_ = to < 0 ? 0 : to;
+  return nodes_[size_t(state_)].match;
+}
+
+TextCut::TextCut(const TokenBytes* table, std::vector<std::string> stops, bool include_stop, int min_tokens)
+    : table_(table), stops_(std::move(stops)), include_stop_(include_stop), min_tokens_(min_tokens) {}
+
+bool TextCut::push(int32_t token, float logprob) {
+  static const std::string none;
+  const std::string& bytes = token >= 0 && size_t(token) < table_->size() ? (*table_)[size_t(token)] : none;
+  bool counts = pushed_ >= min_tokens_;
+  ++pushed_;
+  for (size_t i = 0; i < bytes.size() && end_ < 0; ++i) {
+    utf8_.next(uint8_t(bytes[i]));
+    int found = stops_.next(uint8_t(bytes[i]));
+    if (found < 0 || !counts) continue;
+    matched_ = stops_.stop(found);
+    end_ = length_ + int64_t(i) + 1 - (include_stop_ ? 0 : int64_t(matched_.size()));
+  }
+  length_ += int64_t(bytes.size());
+  pending_.push_back({token, logprob, length_, utf8_.at_boundary()});
+  return end_ >= 0;
+}
+
+void TextCut::release(bool last, Piece* piece) {
+  size_t count = 0;
+  if (last) {
+    // tokens that begin before the end of the text
+    int64_t begin = released_;
+    for (; count < pending_.size() && (end_ < 0 || begin < end_); ++count) begin = pending_[count].end;
+  } else {
+    int64_t safe = length_ - stops_.held();
+    for (size_t i = 0; i < pending_.size() && pending_[i].end <= safe; ++i)
+      if (pending_[i].boundary) count = i + 1;
+  }
+  for (size_t i = 0; i < count; ++i) {
+    const Token& t = pending_[i];
+    piece->tokens.push_back(t.id);
+    piece->logprobs.push_back(t.logprob);
+    int64_t size = (last && end_ >= 0 ? std::min(t.end, end_) : t.end) - released_;
+    if (size > 0) piece->text.append((*table_)[size_t(t.id)], 0, size_t(size));
+    released_ = t.end;
+  }
+  pending_.erase(pending_.begin(), pending_.begin() + int64_t(count));
+}
+
+}  // namespace codefuse
