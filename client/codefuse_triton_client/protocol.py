@@ -1,0 +1,184 @@
+"""What goes over the wire: options to a ModelInferRequest, responses to chunks and a result. No I/O."""
+from __future__ import annotations
+
+import struct
+import time
+from dataclasses import dataclass, field
+from typing import Any, Mapping, Sequence
+
+import grpc
+import numpy as np
+from tritonclient.grpc import service_pb2
+
+CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1),
+                   ("grpc.primary_user_agent", "codefuse-triton-client")]
+METADATA = (("triton_grpc_error", "true"),)  # errors as gRPC status codes, on servers that know it
+
+# keyword -> tensor, Triton type
+OPTIONS = {
+    "max_tokens": ("max_tokens", "INT32"), "min_tokens": ("min_tokens", "INT32"), "temperature": ("temperature", "FP32"),
+    "top_k": ("top_k", "INT32"), "top_p": ("top_p", "FP32"), "min_p": ("min_p", "FP32"), "seed": ("random_seed", "UINT64"),
+    "stop": ("stop_words", "BYTES"), "include_stop": ("include_stop", "BOOL"), "end_id": ("end_id", "INT32"),
+    "stop_token_ids": ("stop_token_ids", "INT32"), "ignore_eos": ("ignore_eos", "BOOL"),
+    "exclude_input": ("exclude_input_in_output", "BOOL"), "logprobs": ("return_log_probs", "BOOL"),
+    "sampling_parameters": ("sampling_parameters", "BYTES"),
+}
+_NUMPY = {"INT32": np.int32, "FP32": np.float32, "UINT64": np.uint64, "BOOL": np.bool_, "INT64": np.int64}
+
+
+class CompletionError(RuntimeError):
+    """The request failed. code: the gRPC status name, or UNKNOWN."""
+
+    def __init__(self, message: str, code: str = "UNKNOWN") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class InvalidRequest(CompletionError, ValueError):
+    """The server refused the request; the message names field, value and limit."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    text: str
+    index: int
+    num_output_tokens: int  # so far
+    finish_reason: str = ""  # last chunk: eos, stop, length or cancelled
+    log_probs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Timings:
+    queue_s: float = 0.0  # the server's three
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    first_chunk_s: float = 0.0  # seen here, from the call on
+    total_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Result:
+    text: str
+    finish_reason: str
+    stop_reason: str = ""  # the stop string that ended the text
+    num_input_tokens: int = 0
+    num_output_tokens: int = 0
+    num_cached_tokens: int = 0
+    cum_log_prob: float = 0.0
+    log_probs: tuple[float, ...] = ()
+    timings: Timings = field(default_factory=Timings)
+
+
+def _bytes_tensor(values: Sequence[str | bytes]) -> bytes:
+    encoded = [v.encode() if isinstance(v, str) else bytes(v) for v in values]
+    return b"".join(struct.pack("<I", len(v)) + v for v in encoded)
+
+
+def _read_bytes_tensor(raw: bytes) -> list[bytes]:
+    values, at = [], 0
+    while at < len(raw):
+        size = struct.unpack_from("<I", raw, at)[0]
+        values.append(raw[at + 4:at + 4 + size])
+        at += 4 + size
+    return values
+
+
+def _array(name: str, kind: str, values: Sequence[Any]) -> np.ndarray:
+    """A value that the type cannot hold is refused here: it would arrive as another one."""
+    dtype = np.dtype(_NUMPY[kind])
+    for value in values:
+        if kind == "BOOL":
+            expected = "" if isinstance(value, (bool, np.bool_)) else "true or false"
+        elif isinstance(value, (bool, str, bytes)) or not isinstance(value, (int, float, np.integer, np.floating)):
+            expected = "a number"
+        elif kind == "FP32":
+            expected = ""
+        else:
+            limit = np.iinfo(dtype)
+            expected = "" if limit.min <= value <= limit.max and int(value) == value else (
+                f"an integer between {limit.min} and {limit.max}")
+        if expected:
+            raise InvalidRequest(f"{name} is {value!r}; expected {expected}", "INVALID_ARGUMENT")
+    return np.array(values, dtype)
+
+
+def make_request(model: str, prompt: str | bytes, *, stream: bool, request_id: str = "",
+                 options: Mapping[str, Any]) -> service_pb2.ModelInferRequest:
+    request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
+
+    def add(name: str, kind: str, values: Sequence[Any]) -> None:
+        request.inputs.add(name=name, datatype=kind, shape=[1, len(values)])
+        raw = _bytes_tensor(values) if kind == "BYTES" else _array(name, kind, values).tobytes()
+        request.raw_input_contents.append(raw)
+
+    add("text_input", "BYTES", [prompt])
+    add("stream", "BOOL", [stream])
+    for keyword, value in options.items():
+        if keyword not in OPTIONS:
+            raise TypeError(f"unknown option {keyword!r}; known: {', '.join(OPTIONS)}")
+        if value is None:
+            continue
+        single = isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray))
+        values = [value] if single else list(value)
+        if values:
+            add(*OPTIONS[keyword], values)
+    return request
+
+
+def error_from_status(error: grpc.RpcError) -> CompletionError:
+    code, message = error.code(), error.details() or str(error)
+    name = code.name if code is not None else "UNKNOWN"
+    kind = InvalidRequest if name == "INVALID_ARGUMENT" else CompletionError
+    return kind(message, name)
+
+
+class Progress:
+    """Collects the responses of one request, checks their order, makes the result."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._first: float | None = None
+        self._texts: list[str] = []
+        self._log_probs: list[float] = []
+        self._next_index = 0
+        self.result: Result | None = None
+
+    def take(self, response: service_pb2.ModelStreamInferResponse) -> Chunk | None:
+        """None: a response without tensors (only a final flag)."""
+        if response.error_message:
+            raise CompletionError(response.error_message)
+        infer = response.infer_response
+        if not infer.outputs:
+            return None
+        values = {o.name: (o.datatype, raw) for o, raw in zip(infer.outputs, infer.raw_output_contents)}
+
+        def read(name: str, default: Any) -> Any:
+            if name not in values:
+                return default
+            kind, raw = values[name]
+            if kind == "BYTES":
+                return _read_bytes_tensor(raw)[0].decode(errors="replace")
+            return np.frombuffer(raw, _NUMPY[kind]).tolist()
+
+        now = time.monotonic() - self._started
+        self._first = now if self._first is None else self._first
+        index = read("chunk_index", [self._next_index])[0]
+        if index != self._next_index:
+            raise CompletionError(f"chunk {index} came where chunk {self._next_index} was expected", "DATA_LOSS")
+        self._next_index += 1
+        text, log_probs = read("text_output", ""), read("output_log_probs", [])
+        self._texts.append(text)
+        self._log_probs += log_probs
+        chunk = Chunk(text, index, read("num_output_tokens", [0])[0], read("finish_reason", ""), tuple(log_probs))
+        if chunk.finish_reason:
+            self.result = Result(
+                "".join(self._texts), chunk.finish_reason, read("stop_reason", ""), read("num_input_tokens", [0])[0],
+                chunk.num_output_tokens, read("num_cached_tokens", [0])[0], read("cum_log_probs", [0.0])[0],
+                tuple(self._log_probs), Timings(*read("timings", [0.0] * 3), self._first, now))
+        return chunk
+
+    def end(self) -> Result:
+        """At the end of the stream."""
+        if self.result is None:
+            raise CompletionError("the stream ended before the text was finished", "UNAVAILABLE")
+        return self.result
