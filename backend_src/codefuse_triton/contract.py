@@ -163,7 +163,7 @@ MODELS = (
               Tensor("stop_uid", "INT64", 1, "cancel this uid; given alone, answered by the final flag only")),
           _CHUNK, settings=(
               Setting("weights", "", "weights directory (tools/convert.py writes one); empty: this model's version directory"),
-              Setting("device", "auto", "auto: cuda if there is one, else cpu", choices=("auto", "cpu", "cuda")),
+              Setting("device", "auto", "auto (cuda if there is one, else cpu), cpu, cuda or cuda:N"),
               Setting("dtype", "auto", "of activations and KV cache; auto: the checkpoint's on cuda, float32 on cpu",
                       choices=("auto", "float32", "float16", "bfloat16")),
               Setting("tensor_parallel", "1", "GPUs that share the weights", int, 1, 64),

@@ -63,7 +63,7 @@ class Service:
         """The uid. ValueError, QueueFull, DeviceError, Draining: the reply has not been used."""
         options = dict(request.submit)
         if request.end_id >= 0 or request.stop_token_ids:
-            ends = [request.end_id] if request.end_id >= 0 else list(self._engine.vocab.eos_ids)
+            ends = [request.end_id] if request.end_id >= 0 else list(self._engine.config.get("eos_ids", ()))
             options["eos_ids"] = ends + list(request.stop_token_ids)
         with self._lock:
             if self._drain_deadline or self._closing:

@@ -88,8 +88,9 @@ class TokenizerModel:
 class _Sender:
     """The Reply of one request: chunks to tensors."""
 
-    def __init__(self, sender: Any) -> None:
+    def __init__(self, sender: Any, log_probs: bool) -> None:
         self._sender = sender
+        self._log_probs = log_probs
 
     def is_cancelled(self) -> bool:
         return self._sender.is_cancelled()
@@ -105,7 +106,7 @@ class _Sender:
             _tensor("text_start", chunk.text_start), _tensor("text_bytes", chunk.text_bytes),
             _tensor("chunk_index", chunk.index), _tensor("num_input_tokens", chunk.num_input_tokens),
             _tensor("num_output_tokens", chunk.num_output_tokens), _tensor("num_cached_tokens", chunk.num_cached_tokens)]
-        if chunk.logprobs is not None:
+        if self._log_probs:
             tensors += [_tensor("cum_log_probs", chunk.cum_logprob, np.float32),
                         pb_utils.Tensor("output_log_probs", np.asarray(chunk.logprobs, np.float32)[None])]
         if echo:
@@ -181,7 +182,7 @@ class GeneratorModel:
         try:
             parameters = json.loads(request.parameters() or "{}")
             parsed = parse(given, parameters, exclude_input=self._exclude_input)
-            self._service.submit(parsed, _Sender(sender))
+            self._service.submit(parsed, _Sender(sender, parsed.submit["logprobs"]))
         except ValueError as error:
             _finish(sender, _error(str(error), "INVALID_ARG"))
         except (QueueFull, Draining) as error:
