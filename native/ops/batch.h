@@ -63,4 +63,7 @@ struct Limits {
   int max_pages() const { return (max_len + kPageTokens - 1) / kPageTokens; }
 };
 
+// ValueError unless every field is in range and consistent; what a device may rely on.
+void check_batch(const Batch& batch, const Limits& limits, int vocab);
+
 }  // namespace codefuse

@@ -1,0 +1,363 @@
+// _native.testing: every op on any device with numpy arrays, and a Runner without the engine, for tests/test_ops.py,
+// tests/test_model.py and tests/test_cuda.py. Activations go in and out as float32 arrays, rounded to the compute dtype on the way.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <optional>
+
+#include "core/config.h"
+#include "model/runner.h"
+#include "ops/ops.h"
+
+namespace py = pybind11;
+using namespace codefuse;
+
+namespace {
+
+using Floats = py::array_t<float, py::array::c_style | py::array::forcecast>;
+using MaybeFloats = std::optional<Floats>;
+
+constexpr size_t kGuard = 256;  // bytes on either side of every output
+
+template <class T>
+T field(const py::dict& d, const char* key, T otherwise) {
+  return d.contains(key) ? d[key].cast<T>() : otherwise;
+}
+
+Batch to_batch(const py::dict& d) {
+  Batch b;
+  b.decode_rows = field(d, "decode_rows", 0);
+  b.token = field<std::vector<int32_t>>(d, "token", {});
+  b.slot = field<std::vector<int32_t>>(d, "slot", {});
+  b.position = field<std::vector<int32_t>>(d, "position", {});
+  for (auto& c : field<std::vector<std::array<int, 4>>>(d, "chunks", {})) b.chunks.push_back({c[0], c[1], c[2], c[3]});
+  b.logit_row = field<std::vector<int32_t>>(d, "logit_row", {});
+  b.sample.resize(b.logit_row.size());
+  const auto params = field<std::vector<py::dict>>(d, "sample", {});
+  for (size_t i = 0; i < std::min(params.size(), b.sample.size()); ++i)
+    b.sample[i] = {field(params[i], "temperature", 0.f), field(params[i], "top_k", 0), field(params[i], "top_p", 1.f),
+                   field(params[i], "min_p", 0.f), field<uint64_t>(params[i], "seed", 0)};
+  b.table_slot = field<std::vector<int32_t>>(d, "table_slot", {});
+  b.table = field<std::vector<int32_t>>(d, "table", {});
+  return b;
+}
+
+Activation parse_activation(const std::string& s) {
+  if (s == "gelu") return Activation::gelu;
+  if (s == "gelu_tanh") return Activation::gelu_tanh;
+  if (s == "relu") return Activation::relu;
+  if (s == "silu") return Activation::silu;
+  throw ValueError(cat("activation is '", s, "'; expected gelu, gelu_tanh, relu or silu"));
+}
+
+NormKind parse_norm(const std::string& s) {
+  if (s == "layer") return NormKind::layer;
+  if (s == "rms") return NormKind::rms;
+  throw ValueError(cat("norm is '", s, "'; expected layer or rms"));
+}
+
+// The elements of a as dtype t.
+std::string packed(const Floats& a, DType t) {
+  std::string out(size_t(a.size()) * size_of(t), '\0');
+  if (t == DType::f32) {
+    std::memcpy(out.data(), a.data(), out.size());
+  } else if (t == DType::f16) {
+    py::array half = a.attr("astype")("float16");
+    std::memcpy(out.data(), half.data(), out.size());
+  } else {
+    for (py::ssize_t i = 0; i < a.size(); ++i) {  // to the nearest, ties to even
+      uint32_t u;
+      std::memcpy(&u, a.data() + i, 4);
+      u = (u & 0x7fffffffu) > 0x7f800000u ? u | 0x00400000u : u + 0x7fff + (u >> 16 & 1);
+      const uint16_t h = uint16_t(u >> 16);
+      std::memcpy(out.data() + 2 * i, &h, 2);
+    }
+  }
+  return out;
+}
+
+class TestOps {
+ public:
+  TestOps(const std::string& device, const std::string& dtype, int threads) : ops_(make_ops(device, dtype, DType::f32, threads)) {}
+
+  std::string device() const { return ops_->device(); }
+  std::string dtype() const { return name_of(ops_->act()); }
+
+  void plan(const std::string& config, int slots, int rows, int max_len, int pages) {
+    config_ = parse_model_config(config, "config");
+    limits_ = {slots, rows, max_len, pages};
+    ops_->plan(config_, limits_, false);
+  }
+
+  Floats embed(const py::dict& batch, const py::array& table, const std::string& format) {
+    const Matrix m = matrix(table, format);
+    Buffer y = out({rows(batch), m.cols}, DType::f32);
+    run(batch, [&] { ops_->embed(y.floats(), m); });
+    return read(y);
+  }
+
+  Floats add_position(const py::dict& batch, const Floats& x, const py::array& table, const std::string& format) {
+    const Matrix m = matrix(table, format);
+    Buffer y = in(x, DType::f32);
+    run(batch, [&] { ops_->add_position(y.floats(), m); });
+    return read(y);
+  }
+
+  Floats norm(const py::dict& batch, const Floats& x, const MaybeFloats& weight, const MaybeFloats& bias, const std::string& kind,
+              float eps, bool logit_rows) {
+    const Norm n{vector(weight), vector(bias)};
+    Buffer from = in(x, DType::f32), y = out({x.shape(0), x.shape(1)}, ops_->act());
+    const int hidden = int(x.shape(1));
+    run(batch, [&] {
+      if (logit_rows) {
+        ops_->norm_logit_rows(y.data, from.floats(), n, parse_norm(kind), eps, hidden);
+      } else {
+        ops_->norm(y.data, from.floats(), n, parse_norm(kind), eps, hidden);
+      }
+    });
+    return read(y);
+  }
+
+  Floats linear(const py::dict& batch, const Floats& x, const py::array& weight, const std::string& format, const MaybeFloats& bias,
+                const std::optional<std::string>& activation) {
+    const Linear w{matrix(weight, format), vector(bias)};
+    const Activation act = parse_activation(activation.value_or("relu"));
+    Buffer from = in(x, ops_->act()), y = out({x.shape(0), w.weight.rows}, ops_->act());
+    run(batch, [&] { ops_->linear(y.data, from.data, w, activation ? &act : nullptr); });
+    return read(y);
+  }
+
+  Floats linear_add(const py::dict& batch, const Floats& y, const Floats& x, const py::array& weight, const std::string& format,
+                    const MaybeFloats& bias, bool add_bias) {
+    const Linear w{matrix(weight, format), vector(bias)};
+    Buffer from = in(x, ops_->act()), to = in(y, DType::f32);
+    run(batch, [&] { ops_->linear_add(to.floats(), from.data, w, add_bias); });
+    return read(to);
+  }
+
+  Floats logits(const py::dict& batch, const Floats& x, const py::array& weight, const std::string& format, const MaybeFloats& bias) {
+    const Linear w{matrix(weight, format), vector(bias)};
+    Buffer from = in(x, ops_->act()), y = out({x.shape(0), w.weight.rows}, DType::f32);
+    run(batch, [&] { ops_->logits(y.floats(), from.data, w); });
+    return read(y);
+  }
+
+  Floats gate(const py::dict& batch, const Floats& g, const Floats& up, const std::string& activation, bool in_place) {
+    Buffer a = in(g, ops_->act()), b = in(up, ops_->act()), y = in_place ? b : out({g.shape(0), g.shape(1)}, ops_->act());
+    run(batch, [&] { ops_->gate(y.data, a.data, b.data, parse_activation(activation), int(g.shape(1))); });
+    return read(y);
+  }
+
+  // k, v: [pages, kv_heads, kPageTokens, D] before; returns qkv, k, v after
+  py::tuple rope_store(const py::dict& batch, const Floats& qkv, const Floats& k, const Floats& v, int heads, int kv_heads) {
+    Buffer x = in(qkv, ops_->act()), kb = in(k, ops_->act()), vb = in(v, ops_->act());
+    run(batch, [&] { ops_->rope_store(x.data, {kb.data, vb.data}, config_, heads, kv_heads); });
+    return py::make_tuple(read(x), read(kb), read(vb));
+  }
+
+  Floats attention(const py::dict& batch, const Floats& qkv, const Floats& k, const Floats& v, int heads, int kv_heads) {
+    Buffer x = in(qkv, ops_->act()), kb = in(k, ops_->act()), vb = in(v, ops_->act());
+    Buffer y = out({qkv.shape(0), heads * config_.head_dim}, ops_->act());
+    run(batch, [&] { ops_->attention(y.data, x.data, {kb.data, vb.data}, config_, heads, kv_heads); });
+    return read(y);
+  }
+
+  Floats zero(const py::dict& batch, const Floats& y) {
+    Buffer b = in(y, DType::f32);
+    run(batch, [&] { ops_->zero(b.floats(), y.shape(1)); });
+    return read(b);
+  }
+
+  Floats add(const py::dict& batch, const Floats& y, const Floats& x) {
+    Buffer to = in(y, DType::f32), from = in(x, DType::f32);
+    run(batch, [&] { ops_->add(to.floats(), from.floats(), y.shape(1)); });
+    return read(to);
+  }
+
+  Floats gather_logit_rows(const py::dict& batch, const Floats& x) {
+    const Batch b = to_batch(batch);
+    Buffer from = in(x, DType::f32), y = out({b.samples(), x.shape(1)}, DType::f32);
+    run(batch, [&] { ops_->gather_logit_rows(y.floats(), from.floats(), int(x.shape(1))); });
+    return read(y);
+  }
+
+  py::tuple sample(const py::dict& batch, const Floats& logits) {
+    const Batch b = to_batch(batch);
+    if (logits.ndim() != 2 || logits.shape(0) != b.samples()) throw ValueError("logits: expected [samples, vocab]");
+    Buffer from = in(logits, DType::f32);
+    ops_->step(b, 0, [&] { ops_->sample(from.floats(), int(logits.shape(1))); });
+    const Sampled s = ops_->collect(0);
+    return py::make_tuple(py::array_t<int32_t>(py::ssize_t(s.token.size()), s.token.data()),
+                          py::array_t<float>(py::ssize_t(s.logprob.size()), s.logprob.data()));
+  }
+
+ private:
+  struct Buffer {
+    void* data = nullptr;
+    std::vector<py::ssize_t> shape;
+    DType dtype = DType::f32;
+    float* floats() const { return static_cast<float*>(data); }
+    size_t bytes() const {
+      size_t n = size_of(dtype);
+      for (auto d : shape) n *= size_t(d);
+      return n;
+    }
+  };
+
+  Buffer guarded(std::vector<py::ssize_t> shape, DType dtype, const void* content) {
+    Buffer b{nullptr, std::move(shape), dtype};
+    std::string all(b.bytes() + 2 * kGuard, '\xA5');
+    if (content) {
+      std::memcpy(all.data() + kGuard, content, b.bytes());
+    } else {
+      std::memset(all.data() + kGuard, 0xFF, b.bytes());  // NaN: what an op leaves out shows
+    }
+    char* base = static_cast<char*>(ops_->alloc(all.size()));
+    ops_->upload(base, all.data(), all.size());
+    b.data = base + kGuard;
+    return b;
+  }
+  Buffer in(const Floats& a, DType dtype) { return guarded({a.shape(), a.shape() + a.ndim()}, dtype, packed(a, dtype).data()); }
+  Buffer out(std::vector<py::ssize_t> shape, DType dtype) { return guarded(std::move(shape), dtype, nullptr); }
+
+  Floats read(const Buffer& b) {
+    std::string all(b.bytes() + 2 * kGuard, '\0');
+    ops_->download(all.data(), static_cast<char*>(b.data) - kGuard, all.size());
+    const std::string guard(kGuard, '\xA5');
+    if (all.compare(0, kGuard, guard) != 0 || all.compare(all.size() - kGuard, kGuard, guard) != 0)
+      throw std::runtime_error("the op wrote outside its output");
+    Floats result(b.shape);
+    HostMatrix m;
+    m.format = b.dtype == DType::f32 ? Format::f32 : b.dtype == DType::f16 ? Format::f16 : Format::bf16;
+    m.rows = 1;
+    m.cols = result.size();
+    m.data = reinterpret_cast<const uint8_t*>(all.data()) + kGuard;
+    decode_row(m, 0, result.mutable_data());
+    return result;
+  }
+
+  // A weight array as it lies in memory; its element size must be the format's.
+  Matrix matrix(const py::array& a, const std::string& format) {
+    HostMatrix m;
+    m.format = parse_format(format);
+    if (a.ndim() != 2 || size_t(a.itemsize()) != row_bytes(m.format, 1) || !(a.flags() & py::array::c_style))
+      throw ValueError(cat("weight: expected a contiguous 2-D array of ", row_bytes(m.format, 1), "-byte elements"));
+    m.rows = a.shape(0);
+    m.cols = a.shape(1);
+    m.stride = row_bytes(m.format, m.cols);
+    m.data = static_cast<const uint8_t*>(a.data());
+    return ops_->load_matrix(m);
+  }
+
+  const float* vector(const MaybeFloats& v) {
+    if (!v) return nullptr;
+    HostMatrix m;
+    m.rows = 1;
+    m.cols = v->size();
+    m.stride = size_t(v->size()) * 4;
+    m.data = reinterpret_cast<const uint8_t*>(v->data());
+    return ops_->load_vector(m);
+  }
+
+  py::ssize_t rows(const py::dict& batch) { return to_batch(batch).rows(); }
+
+  void run(const py::dict& batch, const std::function<void()>& body) {
+    const Batch b = to_batch(batch);
+    ops_->step(b, 0, body);
+    ops_->collect(0);
+  }
+
+  std::unique_ptr<Ops> ops_;
+  ModelConfig config_;
+  Limits limits_;
+};
+
+py::tuple step(Runner& runner, const py::dict& batch, int ticket) {
+  const Batch b = to_batch(batch);
+  Sampled s;
+  {
+    py::gil_scoped_release unlocked;
+    check_batch(b, runner.limits(), runner.config().vocab);
+    runner.launch(b, ticket);
+    s = runner.collect(ticket);
+  }
+  return py::make_tuple(py::array_t<int32_t>(py::ssize_t(s.token.size()), s.token.data()),
+                        py::array_t<float>(py::ssize_t(s.logprob.size()), s.logprob.data()));
+}
+
+Floats runner_logits(Runner& runner, const py::dict& batch) {
+  const Batch b = to_batch(batch);
+  std::vector<float> values;
+  {
+    py::gil_scoped_release unlocked;
+    check_batch(b, runner.limits(), runner.config().vocab);
+    values = runner.logits(b);
+  }
+  Floats result({py::ssize_t(b.samples()), py::ssize_t(runner.config().vocab)});
+  std::memcpy(result.mutable_data(), values.data(), values.size() * sizeof(float));
+  return result;
+}
+
+std::unique_ptr<Runner> make_runner(const std::string& weights, const std::string& device, const std::string& dtype,
+                                    int tensor_parallel, int slots, int prefill_rows, int max_len, int64_t kv_bytes, int threads) {
+  RunnerOptions o;
+  o.weights = weights;
+  o.device = device;
+  o.dtype = dtype;
+  o.tensor_parallel = tensor_parallel;
+  o.slots = slots;
+  o.prefill_rows = prefill_rows;
+  o.max_len = max_len;
+  o.kv_bytes = kv_bytes;
+  o.threads = threads;
+  py::gil_scoped_release unlocked;
+  return load_runner(o);
+}
+
+}  // namespace
+
+void bind_testing(py::module_& module) {
+  using namespace py::literals;
+  py::module_ m = module.def_submodule("testing", "Ops and models without the engine, for tests.");
+  m.attr("PAGE_TOKENS") = kPageTokens;
+  m.attr("DECODE_ROWS") = kDecodeRows;
+  m.attr("LAST_TOKEN") = kLastToken;
+
+  py::class_<TestOps>(m, "Ops")
+      .def(py::init<const std::string&, const std::string&, int>(), "device"_a = "cpu", "dtype"_a = "auto", "threads"_a = 0)
+      .def_property_readonly("device", &TestOps::device)
+      .def_property_readonly("dtype", &TestOps::dtype)
+      .def("plan", &TestOps::plan, "config"_a, "slots"_a, "rows"_a, "max_len"_a, "pages"_a)
+      .def("embed", &TestOps::embed, "batch"_a, "table"_a, "format"_a = "f32")
+      .def("add_position", &TestOps::add_position, "batch"_a, "x"_a, "table"_a, "format"_a = "f32")
+      .def("norm", &TestOps::norm, "batch"_a, "x"_a, "weight"_a, "bias"_a = py::none(), "kind"_a = "layer", "eps"_a = 1e-5f,
+           "logit_rows"_a = false)
+      .def("linear", &TestOps::linear, "batch"_a, "x"_a, "weight"_a, "format"_a = "f32", "bias"_a = py::none(),
+           "activation"_a = py::none())
+      .def("linear_add", &TestOps::linear_add, "batch"_a, "y"_a, "x"_a, "weight"_a, "format"_a = "f32", "bias"_a = py::none(),
+           "add_bias"_a = true)
+      .def("logits", &TestOps::logits, "batch"_a, "x"_a, "weight"_a, "format"_a = "f32", "bias"_a = py::none())
+      .def("gate", &TestOps::gate, "batch"_a, "gate"_a, "up"_a, "activation"_a, "in_place"_a = false)
+      .def("rope_store", &TestOps::rope_store, "batch"_a, "qkv"_a, "k"_a, "v"_a, "heads"_a, "kv_heads"_a)
+      .def("attention", &TestOps::attention, "batch"_a, "qkv"_a, "k"_a, "v"_a, "heads"_a, "kv_heads"_a)
+      .def("zero", &TestOps::zero, "batch"_a, "y"_a)
+      .def("add", &TestOps::add, "batch"_a, "y"_a, "x"_a)
+      .def("gather_logit_rows", &TestOps::gather_logit_rows, "batch"_a, "x"_a)
+      .def("sample", &TestOps::sample, "batch"_a, "logits"_a);
+
+  py::class_<Runner>(m, "Runner")
+      .def(py::init(&make_runner), "weights"_a, "device"_a = "cpu", "dtype"_a = "auto", "tensor_parallel"_a = 1, "slots"_a = 16,
+           "prefill_rows"_a = 512, "max_len"_a = 0, "kv_bytes"_a = 0, "threads"_a = 0)
+      .def_property_readonly("device", &Runner::device)
+      .def_property_readonly("dtype", &Runner::dtype)
+      .def_property_readonly("weight_bytes", &Runner::weight_bytes)
+      .def_property_readonly("vocab", [](const Runner& r) { return r.config().vocab; })
+      .def_property_readonly("slots", [](const Runner& r) { return r.limits().slots; })
+      .def_property_readonly("rows", [](const Runner& r) { return r.limits().rows; })
+      .def_property_readonly("max_len", [](const Runner& r) { return r.limits().max_len; })
+      .def_property_readonly("pages", [](const Runner& r) { return r.limits().pages; })
+      .def("step", &step, "batch"_a, "ticket"_a = 0, "Runs one step; tokens and log-probs of its samples.")
+      .def("logits", &runner_logits, "batch"_a, "[samples, vocab] float32.");
+}

@@ -1,0 +1,150 @@
+#include "core/safetensors.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+
+#include "core/json.h"
+
+namespace codefuse {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+constexpr uint64_t kMaxHeader = 100'000'000;  // bytes; the limit of the format's own implementation
+
+struct Entry {
+  std::string name;
+  uint64_t begin, end;  // bytes after the header
+};
+
+bool parse_tensor_dtype(const std::string& s, DType& out) {
+  if (s == "F32") return out = DType::f32, true;
+  if (s == "F16") return out = DType::f16, true;
+  if (s == "BF16") return out = DType::bf16, true;
+  return false;
+}
+
+}  // namespace
+
+MappedFile::MappedFile(const std::string& path) {
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (fd < 0) throw LoadError(cat(path, ": cannot be opened: ", std::strerror(errno)));
+  struct stat info;
+  if (::fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
+    ::close(fd);
+    throw LoadError(cat(path, ": not a regular file"));
+  }
+  size_ = size_t(info.st_size);
+  if (size_ > 0) {
+    void* p = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fd, 0);
+    const int error = errno;
+    ::close(fd);
+    if (p == MAP_FAILED) throw LoadError(cat(path, ": cannot be mapped (", size_, " bytes): ", std::strerror(error)));
+    data_ = static_cast<const uint8_t*>(p);
+  } else {
+    ::close(fd);
+  }
+}
+
+MappedFile::~MappedFile() {
+  if (data_) ::munmap(const_cast<uint8_t*>(data_), size_);
+}
+
+std::string shown_shape(const std::vector<int64_t>& shape) {
+  std::string s = "[";
+  for (size_t i = 0; i < shape.size(); ++i) s += cat(i ? ", " : "", shape[i]);
+  return s + "]";
+}
+
+std::string read_text(const std::string& path) {
+  MappedFile file(path);
+  return std::string(reinterpret_cast<const char*>(file.data()), file.size());
+}
+
+Weights::Weights(const std::string& directory) : directory_(directory) {
+  std::error_code error;
+  std::vector<std::string> paths;
+  for (const auto& entry : fs::directory_iterator(directory, error))
+    if (entry.path().extension() == ".safetensors") paths.push_back(entry.path().string());
+  if (error) throw LoadError(cat(directory, ": cannot be listed: ", error.message()));
+  if (paths.empty()) throw LoadError(cat(directory, ": expected *.safetensors files, found none"));
+  std::sort(paths.begin(), paths.end());
+  for (const auto& path : paths) add_file(path);
+}
+
+void Weights::add_file(const std::string& path) {
+  files_.push_back(std::make_unique<MappedFile>(path));
+  const MappedFile& file = *files_.back();
+  if (file.size() < 8) throw LoadError(cat(path, ": expected a safetensors file, found ", file.size(), " bytes"));
+  uint64_t header_size = 0;
+  for (int i = 7; i >= 0; --i) header_size = header_size << 8 | file.data()[i];
+  if (header_size > kMaxHeader || header_size > file.size() - 8)
+    throw LoadError(cat(path, ": the header should take ", header_size, " bytes, but the file has ", file.size(),
+                        "; truncated or not a safetensors file"));
+  const Json header = parse_json(reinterpret_cast<const char*>(file.data()) + 8, header_size, path);
+  if (!header.is(Json::Kind::object)) throw LoadError(cat(path, ": expected a JSON object as header, found ", header.shown()));
+  const uint8_t* base = file.data() + 8 + header_size;
+  const uint64_t available = file.size() - 8 - header_size;
+
+  std::vector<Entry> entries;
+  for (size_t i = 0; i < header.keys.size(); ++i) {
+    const std::string& name = header.keys[i];
+    if (name == "__metadata__") continue;
+    const Json& item = header.items[i];
+    const Json *dtype = item.find("dtype"), *shape = item.find("shape"), *offsets = item.find("data_offsets");
+    const auto fail = [&](const std::string& why) { throw LoadError(cat(path, ": tensor ", name, ": ", why)); };
+    if (!dtype || !shape || !offsets || !dtype->is(Json::Kind::string) || !shape->is(Json::Kind::array) ||
+        !offsets->is(Json::Kind::array) || offsets->items.size() != 2)
+      fail("expected dtype, shape and two data_offsets");
+    TensorView t;
+    t.file = fs::path(path).filename().string();
+    if (!parse_tensor_dtype(dtype->string, t.dtype)) fail(cat("dtype is ", dtype->string, "; expected F32, F16 or BF16"));
+    uint64_t bytes = size_of(t.dtype);
+    for (const Json& d : shape->items) {
+      if (!d.is_integer() || d.integer() < 0) fail(cat("a dimension is ", d.shown()));
+      t.shape.push_back(d.integer());
+      if (__builtin_mul_overflow(bytes, uint64_t(d.integer()), &bytes)) fail("its shape is too large");
+    }
+    const Json &b = offsets->items[0], &e = offsets->items[1];
+    if (!b.is_integer() || !e.is_integer() || b.integer() < 0 || e.integer() < b.integer())
+      fail(cat("data_offsets are ", b.shown(), " and ", e.shown()));
+    const uint64_t begin = uint64_t(b.integer()), end = uint64_t(e.integer());
+    if (end - begin != bytes)
+      fail(cat("shape ", shown_shape(t.shape), " of ", dtype->string, " takes ", bytes, " bytes; its data_offsets span ", end - begin));
+    if (end > available)
+      fail(cat("ends at byte ", end, " of the data, but the file has ", available, " bytes of data; truncated"));
+    t.data = base + begin;
+    entries.push_back({name, begin, end});
+    auto [at, fresh] = tensors_.emplace(name, std::move(t));
+    if (!fresh) fail(cat("also in ", at->second.file));
+  }
+  std::sort(entries.begin(), entries.end(), [](const Entry& a, const Entry& b) { return a.begin != b.begin ? a.begin < b.begin : a.end < b.end; });
+  for (size_t i = 1; i < entries.size(); ++i)
+    if (entries[i].begin < entries[i - 1].end)
+      throw LoadError(cat(path, ": tensor ", entries[i].name, " overlaps tensor ", entries[i - 1].name));
+}
+
+const TensorView& Weights::at(const std::string& name, const std::vector<int64_t>& shape) const {
+  auto found = tensors_.find(name);
+  if (found == tensors_.end())
+    throw LoadError(cat(directory_, ": tensor ", name, " is missing; expected shape ", shown_shape(shape)));
+  const TensorView& t = found->second;
+  if (t.shape != shape)
+    throw LoadError(cat(directory_, "/", t.file, ": tensor ", name, " has shape ", shown_shape(t.shape), "; expected ", shown_shape(shape)));
+  return t;
+}
+
+void Weights::check_all_used(const std::set<std::string>& used) const {
+  for (const auto& [name, t] : tensors_)
+    if (!used.count(name)) throw LoadError(cat(directory_, "/", t.file, ": tensor ", name, " has no place in the model of config.json"));
+}
+
+}  // namespace codefuse

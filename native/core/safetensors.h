@@ -1,0 +1,65 @@
+// Weights on disk: safetensors files, mapped into memory and checked before a byte of a tensor is read.
+#pragma once
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "core/dtype.h"
+
+namespace codefuse {
+
+// A read-only mapping of a whole file.
+class MappedFile {
+ public:
+  explicit MappedFile(const std::string& path);  // LoadError: the path and the system's reason
+  ~MappedFile();
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+  const uint8_t* data() const { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  const uint8_t* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+struct TensorView {
+  DType dtype = DType::f32;
+  std::vector<int64_t> shape;
+  const uint8_t* data = nullptr;  // row-major, any alignment
+  std::string file;               // for messages
+};
+
+std::string shown_shape(const std::vector<int64_t>& shape);  // "[96, 32]"
+
+// Every tensor of the *.safetensors files of a directory. The mappings live as long as this.
+class Weights {
+ public:
+  explicit Weights(const std::string& directory);  // LoadError: file, tensor, expected, found
+  // Tensors that are in memory already; owner keeps what they point to.
+  Weights(std::string directory, std::map<std::string, TensorView> tensors, std::shared_ptr<void> owner)
+      : directory_(std::move(directory)), tensors_(std::move(tensors)), owner_(std::move(owner)) {}
+
+  bool has(const std::string& name) const { return tensors_.count(name) != 0; }
+  // Checks the shape; LoadError names file, tensor, expected and found.
+  const TensorView& at(const std::string& name, const std::vector<int64_t>& shape) const;
+  // LoadError names a tensor that is not in `used`: the model would not be the one that the files describe.
+  void check_all_used(const std::set<std::string>& used) const;
+  const std::string& directory() const { return directory_; }
+
+ private:
+  void add_file(const std::string& path);
+
+  std::string directory_;
+  std::vector<std::unique_ptr<MappedFile>> files_;
+  std::map<std::string, TensorView> tensors_;
+  std::shared_ptr<void> owner_;
+};
+
+// The whole text of a small file; LoadError.
+std::string read_text(const std::string& path);
+
+}  // namespace codefuse

@@ -1,0 +1,106 @@
+// Memory, planning and stepping of the CPU device; the ops are in their own files.
+#include "cpu/cpu_ops.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+
+namespace codefuse::cpu {
+
+namespace {
+constexpr size_t kHeader = 64;  // bytes before an allocation; keeps it on a cache line and holds its size
+}
+
+CpuOps::~CpuOps() {
+  for (void* p : owned_) {
+    char* base = static_cast<char*>(p) - kHeader;
+    size_t bytes;
+    std::memcpy(&bytes, base, sizeof bytes);
+    ::munmap(base, bytes);
+  }
+}
+
+// Pages come from the system zero-filled when first touched, so an unused part of the KV pool costs nothing.
+void* CpuOps::alloc(size_t bytes) {
+  const size_t total = bytes + kHeader;
+  void* base = ::mmap(nullptr, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (base == MAP_FAILED) throw DeviceError(cat("cpu: out of memory asking for ", bytes, " bytes"));
+  std::memcpy(base, &total, sizeof total);
+  owned_.push_back(static_cast<char*>(base) + kHeader);
+  return owned_.back();
+}
+
+size_t CpuOps::free_memory() const {
+  size_t kib = 0;
+  if (std::FILE* f = std::fopen("/proc/meminfo", "r")) {
+    char line[128];
+    while (std::fgets(line, sizeof line, f))
+      if (std::sscanf(line, "MemAvailable: %zu kB", &kib) == 1) break;
+    std::fclose(f);
+  }
+  if (kib == 0) return size_t(::sysconf(_SC_PHYS_PAGES)) * size_t(::sysconf(_SC_PAGESIZE)) / 2;
+  return kib * 1024;
+}
+
+Matrix CpuOps::load_matrix(const HostMatrix& m) {
+  Matrix out;
+  out.host = m;
+  out.rows = m.rows;
+  out.cols = m.cols;
+  return out;
+}
+
+const float* CpuOps::load_vector(const HostMatrix& v) {
+  if (v.empty()) return nullptr;
+  float* out = static_cast<float*>(alloc(size_t(v.cols) * sizeof(float)));
+  decode_row(v, 0, out);
+  return out;
+}
+
+void CpuOps::plan(const ModelConfig& c, const Limits& limits, bool /*replay*/) {
+  limits_ = limits;
+  vocab_ = c.vocab;
+  rope_ = make_rope_table(c, limits.max_len);
+  token_.reserve(size_t(limits.rows));
+  row_pages_.reserve(size_t(limits.rows));
+  table_of_.assign(size_t(limits.slots), 0);
+  last_token_.assign(size_t(limits.slots), 0);
+  const int widest = std::max({c.hidden, c.heads * c.head_dim, c.intermediate});
+  for (int t = 0; t < pool_.threads(); ++t) scratch(t, std::max(size_t(widest) * kDecodedRows, size_t(limits.max_len)));
+}
+
+float* CpuOps::scratch(int thread, size_t floats) {
+  auto& s = scratch_[size_t(thread)];
+  if (s.size() < floats) s.resize(floats);
+  return s.data();
+}
+
+void CpuOps::step(const Batch& batch, int ticket, const std::function<void()>& body) {
+  check_batch(batch, limits_, vocab_);
+  batch_ = &batch;
+  ticket_ = ticket;
+  sampled_[ticket] = {};
+  for (size_t i = 0; i < batch.table_slot.size(); ++i) table_of_[size_t(batch.table_slot[i])] = int(i);
+  token_.resize(size_t(batch.rows()));
+  row_pages_.resize(size_t(batch.rows()));
+  for (int t = 0; t < batch.rows(); ++t) {
+    token_[t] = batch.token[t] == kLastToken ? last_token_[batch.slot[t]] : batch.token[t];
+    row_pages_[t] = batch.table.data() + size_t(table_of_[batch.slot[t]]) * size_t(limits_.max_pages());
+  }
+  body();
+  batch_ = nullptr;
+}
+
+Sampled CpuOps::collect(int ticket) { return std::move(sampled_[ticket]); }
+
+void CpuOps::upload(void* dst, const void* src, size_t bytes) { std::memcpy(dst, src, bytes); }
+void CpuOps::download(void* dst, const void* src, size_t bytes) { std::memcpy(dst, src, bytes); }
+
+}  // namespace codefuse::cpu
+
+namespace codefuse {
+std::unique_ptr<Ops> make_cpu_ops(int threads) { return std::make_unique<cpu::CpuOps>(threads); }
+}  // namespace codefuse

@@ -1,0 +1,71 @@
+// Ops on each row by itself: embedding, norms, gate, sums, gathering.
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/cpu_ops.h"
+
+namespace codefuse::cpu {
+
+namespace {
+constexpr int64_t kWorthThreads = 16384;  // elements below which waking a thread costs more than it saves
+}
+
+void CpuOps::embed(float* x, const Matrix& table) {
+  for (int t = 0; t < batch_->rows(); ++t) decode_row(table.host, token_[t], x + int64_t(t) * table.cols);
+}
+
+void CpuOps::add_position(float* x, const Matrix& table) {
+  float* row = scratch(0, size_t(table.cols));
+  for (int t = 0; t < batch_->rows(); ++t) {
+    decode_row(table.host, batch_->position[t], row);
+    for (int64_t i = 0; i < table.cols; ++i) x[t * table.cols + i] += row[i];
+  }
+}
+
+void CpuOps::norm_rows(float* y, const float* x, const Norm& n, NormKind kind, float eps, int hidden, int rows) {
+  const int64_t group = int64_t(rows) * hidden < kWorthThreads ? std::max(rows, 1) : 16;
+  pool_.each((rows + group - 1) / group, [&](int64_t i, int) {
+    for (int64_t t = i * group; t < std::min<int64_t>(rows, (i + 1) * group); ++t)
+      kernels_.norm(y + t * hidden, x + t * hidden, n.weight, n.bias, kind, eps, hidden);
+  });
+}
+
+void CpuOps::norm(void* y, const float* x, const Norm& n, NormKind kind, float eps, int hidden) {
+  norm_rows(static_cast<float*>(y), x, n, kind, eps, hidden, batch_->rows());
+}
+
+void CpuOps::norm_logit_rows(void* y, const float* x, const Norm& n, NormKind kind, float eps, int hidden) {
+  norm_rows(static_cast<float*>(y), x, n, kind, eps, hidden, batch_->samples());
+}
+
+void CpuOps::gate(void* y, const void* gate, const void* up, Activation act_fn, int n) {
+  pool_.each(batch_->rows(), [&](int64_t t, int) {
+    kernels_.gate(static_cast<float*>(y) + t * n, static_cast<const float*>(gate) + t * n, static_cast<const float*>(up) + t * n, n,
+                  act_fn);
+  });
+}
+
+void CpuOps::zero(float* y, int64_t n_per_row) { std::memset(y, 0, size_t(batch_->rows() * n_per_row) * sizeof(float)); }
+
+void CpuOps::add(float* y, const float* x, int64_t n_per_row) {
+  for (int64_t i = 0; i < batch_->rows() * n_per_row; ++i) y[i] += x[i];
+}
+
+void CpuOps::gather_logit_rows(float* y, const float* x, int hidden) {
+  for (int s = 0; s < batch_->samples(); ++s)
+    std::memcpy(y + int64_t(s) * hidden, x + int64_t(batch_->logit_row[s]) * hidden, size_t(hidden) * sizeof(float));
+}
+
+void CpuOps::sample(const float* logits, int vocab) {
+  const int samples = batch_->samples();
+  Sampled& out = sampled_[ticket_];
+  out.token.resize(size_t(samples));
+  out.logprob.resize(size_t(samples));
+  pool_.each(samples, [&](int64_t s, int thread) {
+    const int position = batch_->position[batch_->logit_row[s]] + 1;
+    sample_row(logits + s * vocab, vocab, batch_->sample[s], position, sampling_[size_t(thread)], out.token[s], out.logprob[s]);
+  });
+  for (int s = 0; s < samples; ++s) last_token_[batch_->slot[batch_->logit_row[s]]] = out.token[s];
+}
+
+}  // namespace codefuse::cpu

@@ -1,0 +1,53 @@
+// The inner loops of the CPU ops, compiled once per instruction set from kernels_body.h and chosen when the process starts.
+// The reduction order of an output depends on its shape and the instruction set only: never on the other rows, on how many
+// there are, or on the thread.
+#pragma once
+#include <cstdint>
+
+#include "core/config.h"
+#include "formats/format.h"
+
+namespace codefuse::cpu {
+
+constexpr int kDecodedRows = 16;  // weight rows decoded to float32 at a time when many tokens share them
+
+// y[t, n] = act(x[t] . w[n] + bias[n]), or += when accumulate
+struct MatmulArgs {
+  HostMatrix w;                   // [N, K]
+  const float* bias = nullptr;    // [N] or nullptr
+  const float* x = nullptr;       // [T, K]
+  int64_t tokens = 0;             // T
+  float* y = nullptr;             // [T, N]
+  bool accumulate = false;
+  const Activation* act = nullptr;
+};
+
+// One head of one row: out = softmax(q k^T scale) v over positions first .. last
+struct AttendArgs {
+  const float* q = nullptr;         // [D]
+  float* out = nullptr;             // [D]
+  const float* k = nullptr;         // this kv head in page 0: [kPageTokens, D]
+  const float* v = nullptr;
+  int64_t page_stride = 0;          // floats from a page to the next
+  const int32_t* pages = nullptr;   // the sequence's page table
+  int head_dim = 0;
+  int first = 0, last = 0;
+  float scale = 1.f;
+};
+
+struct Kernels {
+  const char* name;
+  void (*matmul)(const MatmulArgs& a, int64_t begin, int64_t end, float* scratch /*[kDecodedRows, K]*/);  // outputs [begin, end)
+  void (*attend)(const AttendArgs& a, float* scores /*[last - first + 1]*/);
+  void (*activate)(float* x, int64_t n, Activation act);
+  void (*gate)(float* y, const float* gate, const float* up, int64_t n, Activation act);  // y = act(gate) * up
+  void (*norm)(float* y, const float* x, const float* weight, const float* bias, NormKind kind, float eps, int n);
+};
+
+const Kernels* generic_kernels();
+const Kernels* avx2_kernels();    // nullptr where the compiler or the processor has none
+const Kernels* avx512_kernels();
+
+const Kernels& kernels();  // the best this processor runs
+
+}  // namespace codefuse::cpu

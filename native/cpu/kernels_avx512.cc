@@ -1,0 +1,70 @@
+// The inner loops for x86-64 processors with AVX-512. The pragma stays in force to the end of the file, because templates are
+// compiled there.
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/kernels.h"
+#include "ops/batch.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__GNUC__) && !defined(__clang__)  // GCC's own intrinsics "read" undefined registers under full masks
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
+#endif
+
+namespace codefuse::cpu {
+
+namespace {
+
+struct S {
+  using V = __m512;
+  static constexpr const char* name = "avx512";
+  static constexpr int width = 16, rows = 4, tokens = 6;
+  static V zero() { return _mm512_setzero_ps(); }
+  static V set(float x) { return _mm512_set1_ps(x); }
+  static V load(const float* p) { return _mm512_loadu_ps(p); }
+  static V load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static V load_bf16(const uint16_t* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+  }
+  static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+  static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static V add(V a, V b) { return _mm512_add_ps(a, b); }
+  static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+  static float sum(V v) {
+    const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+  }
+};
+
+#include "cpu/kernels_body.h"
+
+}  // namespace
+
+const Kernels* avx512_kernels() {
+  static const bool usable = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return usable ? &kTable : nullptr;
+}
+
+}  // namespace codefuse::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#else
+namespace codefuse::cpu {
+const Kernels* avx512_kernels() { return nullptr; }
+}  // namespace codefuse::cpu
+#endif

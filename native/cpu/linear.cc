@@ -1,0 +1,51 @@
+// y[t, n] = x[t] . w[n] + bias[n]. Threads share the outputs, never one output's sum.
+#include <algorithm>
+
+#include "cpu/cpu_ops.h"
+
+namespace codefuse::cpu {
+
+void CpuOps::matmul(const MatmulArgs& a) {
+  const int64_t n = a.w.rows;
+  // several pieces per thread, so that one which loses its core does not hold up the others; whole blocks of decoded rows
+  int64_t piece = (n + pool_.threads() * 6 - 1) / (pool_.threads() * 6);
+  piece = (std::max<int64_t>(piece, 8) + kDecodedRows - 1) / kDecodedRows * kDecodedRows;
+  pool_.each((n + piece - 1) / piece, [&](int64_t i, int thread) {
+    float* decoded = scratch(thread, size_t(a.w.cols) * kDecodedRows);
+    kernels_.matmul(a, i * piece, std::min(n, (i + 1) * piece), decoded);
+  });
+}
+
+void CpuOps::linear(void* y, const void* x, const Linear& w, const Activation* act_fn) {
+  MatmulArgs a;
+  a.w = w.weight.host;
+  a.bias = w.bias;
+  a.x = static_cast<const float*>(x);
+  a.tokens = batch_->rows();
+  a.y = static_cast<float*>(y);
+  a.act = act_fn;
+  matmul(a);
+}
+
+void CpuOps::linear_add(float* y, const void* x, const Linear& w, bool add_bias) {
+  MatmulArgs a;
+  a.w = w.weight.host;
+  a.bias = add_bias ? w.bias : nullptr;
+  a.x = static_cast<const float*>(x);
+  a.tokens = batch_->rows();
+  a.y = y;
+  a.accumulate = true;
+  matmul(a);
+}
+
+void CpuOps::logits(float* y, const void* x, const Linear& head) {
+  MatmulArgs a;
+  a.w = head.weight.host;
+  a.bias = head.bias;
+  a.x = static_cast<const float*>(x);
+  a.tokens = batch_->samples();
+  a.y = y;
+  if (a.tokens > 0) matmul(a);
+}
+
+}  // namespace codefuse::cpu

@@ -1,0 +1,92 @@
+#include "model/model.h"
+
+namespace codefuse {
+
+Model::Model(const ModelConfig& config, ModelWeights weights, const Limits& limits, Ops& ops, Comm& comm)
+    : config_(config), weights_(std::move(weights)), ops_(ops), comm_(comm), heads_(config.heads / comm.world()),
+      kv_heads_(config.kv_heads / comm.world()), intermediate_(config.intermediate / comm.world()) {
+  const size_t t = size_t(limits.rows), s = kDecodeRows, act = size_of(ops.act());
+  const size_t h = size_t(config.hidden), d = size_t(config.head_dim), f = size_t(intermediate_), v = size_t(config.vocab);
+  const auto floats = [&](size_t n) { return static_cast<float*>(ops.alloc(n * sizeof(float))); };
+  x_ = floats(t * h);
+  if (comm.world() > 1) partial_ = floats(t * h);
+  normed_ = ops.alloc(t * h * act);
+  qkv_ = ops.alloc(t * size_t(heads_ + 2 * kv_heads_) * d * act);
+  attended_ = ops.alloc(t * size_t(heads_) * d * act);
+  up_ = ops.alloc(t * f * act);
+  if (config.gated) gated_ = ops.alloc(t * f * act);
+  last_ = floats(s * h);
+  last_normed_ = ops.alloc(s * h * act);
+  logits_ = floats(s * v);
+  local_logits_ = comm.world() > 1 ? floats(s * size_t(weights_.head.weight.rows)) : logits_;
+  for (Layer& layer : weights_.layers) {
+    const size_t bytes = size_t(limits.pages) * size_t(kv_heads_) * kPageTokens * d * act;
+    layer.kv.k = ops.alloc(bytes);
+    layer.kv.v = ops.alloc(bytes);
+  }
+  ops.plan(config, limits, true);
+}
+
+// x += the sum over ranks of what parts(y) adds to y
+template <class F>
+void Model::add_to_residual(int rows, const F& parts) {
+  if (comm_.world() == 1) return parts(x_);
+  ops_.zero(partial_, config_.hidden);
+  parts(partial_);
+  comm_.all_reduce(partial_, int64_t(rows) * config_.hidden);
+  ops_.add(x_, partial_, config_.hidden);
+}
+
+void Model::attention_block(Layer& layer, const void* normed) {
+  ops_.linear(qkv_, normed, layer.qkv);
+  ops_.rope_store(qkv_, layer.kv, config_, heads_, kv_heads_);
+  ops_.attention(attended_, qkv_, layer.kv, config_, heads_, kv_heads_);
+}
+
+void Model::mlp_block(Layer& layer, const void* normed) {
+  if (config_.gated) {
+    ops_.linear(gated_, normed, layer.mlp_gate);
+    ops_.linear(up_, normed, layer.mlp_up);
+    ops_.gate(up_, gated_, up_, config_.activation, intermediate_);
+  } else {
+    ops_.linear(up_, normed, layer.mlp_up, &config_.activation);
+  }
+}
+
+void Model::forward(const Batch& batch) {
+  const int rows = batch.rows(), h = config_.hidden;
+  const bool first = comm_.rank() == 0;  // adds the biases of sums over ranks
+  const auto norm = [&](const Norm& n) { ops_.norm(normed_, x_, n, config_.norm, config_.norm_eps, h); };
+
+  ops_.embed(x_, weights_.embed);
+  if (config_.position == PositionKind::learned) ops_.add_position(x_, weights_.position);
+  for (Layer& layer : weights_.layers) {
+    norm(layer.norm1);
+    attention_block(layer, normed_);
+    if (config_.residual == ResidualKind::serial) {
+      add_to_residual(rows, [&](float* y) { ops_.linear_add(y, attended_, layer.attn_out, first); });
+      norm(layer.norm2);
+      mlp_block(layer, normed_);
+      add_to_residual(rows, [&](float* y) { ops_.linear_add(y, up_, layer.mlp_down, first); });
+    } else {
+      if (config_.residual == ResidualKind::parallel_two_norms) norm(layer.norm2);
+      mlp_block(layer, normed_);
+      add_to_residual(rows, [&](float* y) {
+        ops_.linear_add(y, attended_, layer.attn_out, first);
+        ops_.linear_add(y, up_, layer.mlp_down, first);
+      });
+    }
+  }
+
+  ops_.gather_logit_rows(last_, x_, h);
+  ops_.norm_logit_rows(last_normed_, last_, weights_.final_norm, config_.norm, config_.norm_eps, h);
+  ops_.logits(local_logits_, last_normed_, weights_.head);
+  if (comm_.world() > 1) comm_.all_gather_columns(logits_, local_logits_, batch.samples(), config_.vocab);
+  ops_.sample(logits_, config_.vocab);
+}
+
+int64_t kv_page_bytes(const ModelConfig& c, DType act, int world) {
+  return int64_t(c.layers) * 2 * (c.kv_heads / world) * kPageTokens * c.head_dim * int64_t(size_of(act));
+}
+
+}  // namespace codefuse

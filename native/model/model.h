@@ -1,0 +1,63 @@
+// The transformer graph, written once over Ops and Comm: one rank's weights, buffers and forward pass.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "core/config.h"
+#include "core/safetensors.h"
+#include "ops/batch.h"
+#include "ops/comm.h"
+#include "ops/ops.h"
+
+namespace codefuse {
+
+// This rank's share (the whole for one rank): heads and MLP rows are split, norms and the embedding are whole.
+struct Layer {
+  Norm norm1, norm2;                    // norm2 is unused with parallel_one_norm
+  Linear qkv, attn_out;                 // [(heads + 2 kv_heads) D, H], [H, heads D]
+  Linear mlp_up, mlp_gate, mlp_down;    // [F, H], [F, H] if gated, [H, F]
+  KvLayer kv;
+};
+
+struct ModelWeights {
+  Matrix embed, position;  // [V, H], [max_positions, H] for learned positions
+  std::vector<Layer> layers;
+  Norm final_norm;
+  Linear head;                               // [V share, H]
+  int64_t bytes = 0;                         // read by one decode step
+  std::vector<std::vector<uint8_t>> joined;  // slices that had to be copied together
+};
+
+// Uploads this rank's share. ValueError if the model cannot be split this way; LoadError names file, tensor, expected, found.
+ModelWeights load_model_weights(const ModelConfig& config, const Weights& files, Ops& ops, const Comm& comm);
+
+class Model {
+ public:
+  // Allocates what limits asks for. ops and comm must outlive it.
+  Model(const ModelConfig& config, ModelWeights weights, const Limits& limits, Ops& ops, Comm& comm);
+
+  void forward(const Batch& batch);  // the body of a step: from tokens to sampled tokens
+  const float* logits() const { return logits_; }  // [samples, V] of the last step, in the device's memory
+  int64_t weight_bytes() const { return weights_.bytes; }
+
+ private:
+  void attention_block(Layer& layer, const void* normed);
+  void mlp_block(Layer& layer, const void* normed);
+  template <class F>
+  void add_to_residual(int rows, const F& parts);
+
+  const ModelConfig config_;
+  ModelWeights weights_;
+  Ops& ops_;
+  Comm& comm_;
+  const int heads_, kv_heads_, intermediate_;  // this rank's
+  float *x_, *partial_ = nullptr;              // [T, H]: the residual stream; this rank's part of a sum
+  void *normed_, *qkv_, *attended_, *up_, *gated_ = nullptr;
+  float *last_, *local_logits_, *logits_;      // [S, H], [S, V share], [S, V]
+  void* last_normed_;                          // [S, H]
+};
+
+// Bytes of KV cache per page on one rank.
+int64_t kv_page_bytes(const ModelConfig& config, DType act, int world);
+
+}  // namespace codefuse

@@ -1,0 +1,61 @@
+#include "ops/batch.h"
+
+#include "core/check.h"
+
+namespace codefuse {
+
+namespace {
+
+void in_range(const char* what, int index, int64_t value, int64_t low, int64_t high) {
+  if (value < low || value > high)
+    throw ValueError(cat("batch: ", what, "[", index, "] is ", value, "; expected ", low, " to ", high));
+}
+
+void size_is(const char* what, size_t found, size_t expected) {
+  if (found != expected) throw ValueError(cat("batch: ", what, " has ", found, " elements; expected ", expected));
+}
+
+}  // namespace
+
+void check_batch(const Batch& b, const Limits& limits, int vocab) {
+  const int rows = b.rows(), samples = b.samples();
+  if (rows < 1 || rows > limits.rows) throw ValueError(cat("batch: ", rows, " rows; expected 1 to ", limits.rows));
+  if (b.decode_rows < 0 || b.decode_rows > rows || b.decode_rows > kDecodeRows)
+    throw ValueError(cat("batch: ", b.decode_rows, " decode rows of ", rows, "; expected at most ", kDecodeRows));
+  if (samples > kDecodeRows) throw ValueError(cat("batch: ", samples, " samples; expected at most ", kDecodeRows));
+  size_is("slot", b.slot.size(), size_t(rows));
+  size_is("position", b.position.size(), size_t(rows));
+  size_is("sample", b.sample.size(), size_t(samples));
+  size_is("table", b.table.size(), b.table_slot.size() * size_t(limits.max_pages()));
+
+  std::vector<int> table_of(size_t(limits.slots), -1);
+  for (int i = 0; i < int(b.table_slot.size()); ++i) {
+    in_range("table_slot", i, b.table_slot[i], 0, limits.slots - 1);
+    if (table_of[b.table_slot[i]] >= 0) throw ValueError(cat("batch: slot ", b.table_slot[i], " has two page tables"));
+    table_of[b.table_slot[i]] = i;
+  }
+  for (int t = 0; t < rows; ++t) {
+    if (b.token[t] != kLastToken) in_range("token", t, b.token[t], 0, vocab - 1);
+    in_range("slot", t, b.slot[t], 0, limits.slots - 1);
+    in_range("position", t, b.position[t], 0, limits.max_len - 1);
+    const int table = table_of[b.slot[t]];
+    if (table < 0) throw ValueError(cat("batch: slot ", b.slot[t], " of row ", t, " has no page table"));
+    // earlier pages are covered by the rows that filled them; a row reads up to its own
+    for (int p = 0; p <= b.position[t] / kPageTokens; ++p)
+      in_range("table", table * limits.max_pages() + p, b.table[size_t(table) * limits.max_pages() + p], 0, limits.pages - 1);
+  }
+  int next = b.decode_rows;
+  for (int i = 0; i < int(b.chunks.size()); ++i) {
+    const Chunk& c = b.chunks[i];
+    if (c.row != next || c.count < 1 || c.row + c.count > rows)
+      throw ValueError(cat("batch: chunk ", i, " has rows ", c.row, " to ", c.row + c.count - 1, "; expected a run from row ", next));
+    for (int j = 0; j < c.count; ++j)
+      if (b.slot[c.row + j] != c.slot || b.position[c.row + j] != c.position + j)
+        throw ValueError(cat("batch: row ", c.row + j, " is not token ", j, " of its chunk"));
+    next += c.count;
+  }
+  if (next != rows) throw ValueError(cat("batch: chunks end at row ", next, " of ", rows));
+  for (int s = 0; s < samples; ++s) in_range("logit_row", s, b.logit_row[s], 0, rows - 1);
+}
+
+}  // namespace codefuse

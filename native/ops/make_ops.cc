@@ -1,0 +1,72 @@
+#include "ops/ops.h"
+#ifdef CODEFUSE_WITH_CUDA
+#include "cuda/cuda_ops.h"
+#endif
+
+namespace codefuse {
+
+namespace {
+
+std::string why_no_cuda() {
+#ifdef CODEFUSE_WITH_CUDA
+  return cuda_unavailable();
+#else
+  return "built without CUDA";
+#endif
+}
+
+int device_count() {
+#ifdef CODEFUSE_WITH_CUDA
+  return cuda_unavailable().empty() ? cuda_device_count() : 0;
+#else
+  return 0;
+#endif
+}
+
+std::unique_ptr<Ops> cuda_ops(int index, DType act) {
+#ifdef CODEFUSE_WITH_CUDA
+  return make_cuda_ops(index, act);
+#else
+  (void)index, (void)act;
+  throw ValueError("device is 'cuda', but this build has no CUDA");
+#endif
+}
+
+// "cuda" or "cuda:N" -> N; -1: something else
+int cuda_index(const std::string& device) {
+  if (device == "cuda") return 0;
+  if (device.rfind("cuda:", 0) != 0 || device.size() < 6 || device.size() > 8) return -1;
+  int index = 0;
+  for (size_t i = 5; i < device.size(); ++i) {
+    if (device[i] < '0' || device[i] > '9') return -1;
+    index = index * 10 + (device[i] - '0');
+  }
+  return index;
+}
+
+}  // namespace
+
+Devices devices() {
+  Devices d;
+  d.why_no_cuda = why_no_cuda();
+  d.names = "cpu";
+  for (int i = 0; i < device_count(); ++i) d.names += cat(",cuda:", i);
+  return d;
+}
+
+std::unique_ptr<Ops> make_ops(const std::string& device, const std::string& dtype, DType weights, int threads) {
+  if (device == "cpu" || (device == "auto" && device_count() == 0)) {
+    if (dtype != "auto" && parse_dtype(dtype) != DType::f32)
+      throw ValueError(cat("dtype is '", dtype, "'; expected float32 or auto on the CPU"));
+    return make_cpu_ops(threads);
+  }
+  const int index = device == "auto" ? 0 : cuda_index(device);
+  if (index < 0) throw ValueError(cat("device is '", device, "'; expected cpu, cuda, cuda:N or auto"));
+  const Devices d = devices();
+  if (index >= device_count())
+    throw ValueError(cat("device is '", device, "', but only ", d.names, " can be used here",
+                         d.why_no_cuda.empty() ? "" : cat(" (", d.why_no_cuda, ")")));
+  return cuda_ops(index, dtype == "auto" ? weights : parse_dtype(dtype));
+}
+
+}  // namespace codefuse
