@@ -9,6 +9,7 @@
 #include <random>
 
 #include "engine/engine.h"
+#include "ops/bandwidth.h"
 #include "ops/ops.h"
 
 namespace py = pybind11;
@@ -126,6 +127,9 @@ PYBIND11_MODULE(_native, m) {
     for (std::string name; std::getline(in, name, ',');) names.push_back(name);
     return py::make_tuple(names, d.why_no_cuda);
   }, "Devices of this build and machine, and why CUDA is not among them (or '').");
+
+  m.def("read_bandwidth", &read_bandwidth, py::arg("device"), py::arg("threads") = 0, py::call_guard<py::gil_scoped_release>(),
+        "Bytes per second that `device` can read, measured now: the limit of a decode step.");
 
   py::class_<Output>(m, "Chunk", "New output of one request.")
       .def_readonly("uid", &Output::uid)
