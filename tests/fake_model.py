@@ -1,0 +1,35 @@
+"""What native/bind_testing_engine.cpp's fake runner must produce, computed from the tokens alone."""
+from __future__ import annotations
+
+from codefuse_triton import Engine, Vocab, _native
+
+EOS = 0
+_MASK = 2**64 - 1
+
+
+def expected(prompt, max_tokens, seed, vocab=64, eos=(EOS,), min_tokens=0):
+    """(output tokens, finish reason): prompt tokens count as prefill rows, generated ones as decode rows."""
+    state = 14695981039346656037
+    for token in prompt:
+        state = (state ^ (token * 2 + 1)) * 1099511628211 & _MASK
+    out = []
+    while True:
+        h = state ^ (seed * 0x9E3779B97F4A7C15 & _MASK)
+        h = (h ^ (h >> 31)) * 0xBF58476D1CE4E5B9 & _MASK
+        token = (h >> 33) % vocab
+        if token in eos and len(out) >= min_tokens:
+            return out, "eos"
+        out.append(token)
+        if len(out) == max_tokens:
+            return out, "length"
+        state = (state ^ (token * 2)) * 1099511628211 & _MASK
+
+
+def letters(vocab=64):
+    """Token bytes of one or two letters; eos has none."""
+    return [b""] + [bytes([97 + i % 26]) * (1 + i % 2) for i in range(1, vocab)]
+
+
+def fake_engine(**options) -> Engine:
+    options.setdefault("token_bytes", letters(options.get("vocab", 64)))
+    return Engine._of(_native.testing.fake_engine(**options), Vocab.none("the fake model"))

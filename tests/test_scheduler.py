@@ -1,0 +1,268 @@
+"""Continuous batching: the scheduler step by step, then random workloads over a fake device that reads its KV pages back."""
+import random
+import time
+
+import pytest
+from codefuse_triton import Outbox, QueueFull, _native
+from fake_model import expected, fake_engine
+
+PAGE = 32
+
+
+def make(slots=2, rows=20, prefill_rows=16, max_len=256, pages=8):
+    return _native.testing.Scheduler(slots=slots, rows=rows, prefill_rows=prefill_rows, max_len=max_len, pages=pages)
+
+
+def run(scheduler, steps, token=5):
+    """Steps whose results are known before the next one."""
+    out = []
+    for _ in range(steps):
+        step = scheduler.schedule()
+        out.append(step)
+        for uid in step["sampled"] if step else []:
+            scheduler.accept(uid, token)
+    return out
+
+
+def test_pages_are_counted():
+    pages = _native.testing.KvPages(2)
+    a, b = pages.take(), pages.take()
+    assert {a, b} == {0, 1} and pages.take() == -1
+    pages.share(a)
+    pages.release(a)
+    assert pages.free == 0 and pages.references(a) == 1
+    pages.release(a)
+    assert pages.free == 1 and pages.take() == a
+    pages.release(b)
+    with pytest.raises(RuntimeError):
+        pages.release(b)
+    with pytest.raises(RuntimeError):
+        pages.share(b)
+
+
+def test_prompt_in_chunks_then_decode():
+    s = make()
+    s.add(1, list(range(40)), 3)
+    a, b, c, d, e = run(s, 5)
+    assert [x["chunks"] for x in (a, b, c)] == [[(0, 16, 0, 0)], [(0, 16, 0, 16)], [(0, 8, 0, 32)]]
+    assert a["token"] == list(range(16)) and c["position"] == list(range(32, 40))
+    assert a["admitted"] == [1] and b["admitted"] == []
+    assert [x["sampled"] for x in (a, b, c)] == [[], [], [1]] and c["logit_row"] == [7]
+    assert d["decode_rows"] == 1 and d["token"] == [5] and d["position"] == [40] and d["chunks"] == []
+    assert e["position"] == [41] and s.schedule() is None
+    assert s.running == 0 and s.free_pages == 8
+
+
+def test_prefill_and_decode_share_a_step():
+    s = make()
+    s.add(1, [1, 2, 3], 10)
+    run(s, 1)
+    s.add(2, list(range(30)), 10)
+    step = s.schedule()
+    assert step["decode_rows"] == 1 and step["chunks"] == [(1, 16, 1, 0)]
+    assert step["slot"] == [0] + [1] * 16 and sorted(step["table_slot"]) == [0, 1]
+    assert step["sampled"] == [1]
+
+
+def test_row_budget_is_shared_by_prompts_in_order():
+    s = make(slots=3, rows=19)
+    for uid in (1, 2, 3):
+        s.add(uid, list(range(10)), 5)
+    step = s.schedule()
+    assert step["chunks"] == [(0, 10, 0, 0), (10, 6, 1, 0)]
+    assert s.running == 2 and s.waiting == 1  # the third would get no row
+    step = s.schedule()
+    assert step["decode_rows"] == 1 and [c[1:] for c in step["chunks"]] == [(4, 1, 6), (10, 2, 0)]
+
+
+def test_last_token_stays_on_the_device():
+    s = make()
+    s.add(1, [7], 4)
+    first, second = s.schedule(), s.schedule()
+    assert second["token"] == [-1] and second["position"] == [1]
+    assert s.accept(1, 9)
+    third = s.schedule()
+    assert third["token"] == [-1] and third["position"] == [2]
+    assert s.accept(1, 8)
+    fourth = s.schedule()
+    assert fourth["position"] == [3] and first["sampled"] == fourth["sampled"] == [1]
+    assert s.schedule() is None  # max_tokens is known in advance: no row is wasted
+    assert s.free_pages == 8
+
+
+def test_youngest_is_preempted_and_resumes_first():
+    s = make(slots=3, rows=30, pages=4)
+    s.add(1, list(range(30)), 60)
+    s.add(2, list(range(30)), 60)
+    s.add(3, [1], 2)
+    run(s, 8)  # both prompts, then a page each for what follows
+    assert (s.running, s.waiting, s.preemptions) == (2, 1, 0) and s.free_pages == 0
+    run(s, 28)
+    before = s.preemptions
+    run(s, 4)
+    assert s.preemptions == before + 1 and s.running == 1 and s.waiting == 2
+    steps = run(s, 60)
+    resumed = [x for x in steps if x and any(c[3] == 0 and c[1] > 1 for c in x["chunks"])]
+    assert len(resumed) == 1 and resumed[0]["admitted"] == []
+    again = steps[steps.index(resumed[0]) + 2]
+    assert again["decode_rows"] > 1 and again["position"][0] == 30  # generated tokens come back as decode rows, many at once
+
+
+def test_resumed_sequence_equals_the_first_run():
+    s = make(slots=2, rows=34, prefill_rows=32, pages=3)
+    s.add(1, list(range(20)), 70)
+    s.add(2, list(range(100, 120)), 20)
+    token, kinds = {1: 1000, 2: 2000}, {1: {}, 2: {}}
+    for _ in range(200):
+        step = s.schedule()
+        if step is None:
+            break
+        for row, (t, p) in enumerate(zip(step["token"], step["position"])):
+            uid = 1 if t < 100 or 1000 <= t < 2000 else 2
+            kind = row < step["decode_rows"]
+            assert kinds[uid].setdefault(p, (t, kind)) == (t, kind)
+        for uid in step["sampled"]:
+            s.accept(uid, token[uid])
+            token[uid] += 1
+    assert s.preemptions > 0 and token == {1: 1070, 2: 2020} and s.free_pages == 3
+
+
+@pytest.mark.parametrize("when", ["queue", "prefill", "decode", "in flight", "preempted"])
+def test_remove_frees_at_once(when):
+    s = make(slots=2, pages=3)
+    s.add(1, list(range(20)), 76)
+    s.add(2, list(range(20)), 20)
+    s.add(3, list(range(20)), 20)
+    if when == "queue":
+        run(s, 1)
+        s.remove(3)
+        assert s.waiting == 1
+    elif when == "prefill":
+        run(s, 2)
+        assert s.running == 2
+    elif when == "decode":
+        run(s, 6)
+    elif when == "in flight":
+        s.schedule(), s.schedule(), s.schedule()
+        s.remove(2)
+        assert s.accept(2, 1) is False
+    else:
+        run(s, 18)
+        assert s.preemptions == 1
+    for uid in (1, 2, 3):
+        s.remove(uid)
+    assert (s.running, s.waiting, s.free_pages) == (0, 0, 3)
+    assert s.schedule() is None
+
+
+def test_slots_and_rows_are_checked():
+    with pytest.raises(ValueError, match="slots is 65; expected 1..64"):
+        make(slots=65, rows=100)
+    with pytest.raises(ValueError, match="prefill rows are 16 of 2 rows"):
+        make(slots=2, rows=2)
+
+
+SHAPES = {
+    "roomy": dict(slots=8, prefill_tokens=64, max_len=256, pages=64, queue=32),
+    "few pages": dict(slots=8, prefill_tokens=16, max_len=128, pages=6, queue=16),
+    "one sequence fits": dict(slots=4, prefill_tokens=7, max_len=128, pages=4, queue=8),
+    "many slots": dict(slots=64, prefill_tokens=40, max_len=160, pages=20, queue=4),
+    "one slot": dict(slots=1, prefill_tokens=1, max_len=64, pages=2, queue=2),
+}
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_random_workload(shape, depth):
+    options = SHAPES[shape]
+    rng = random.Random(f"{shape} {depth}")
+    engine, box = fake_engine(depth=depth, **options), Outbox()
+    total = 500 if shape == "one slot" else 3000
+    most = options["slots"] + options["queue"]
+    live, got, cancelled, ended, refused = {}, {}, set(), 0, 0
+    submitted = 0
+    while ended < total:
+        while submitted < total and rng.random() < 0.9:
+            longest = min(options["max_len"], PAGE * options["pages"] + 1)
+            prompt = [rng.randrange(64) for _ in range(rng.randint(1, longest - 1))] if rng.random() < 0.3 else [rng.randrange(64)] * rng.randint(1, 20)
+            max_tokens = rng.randint(1, longest - len(prompt))
+            seed, stream = rng.getrandbits(64), rng.random() < 0.7
+            try:
+                uid = engine.submit(prompt, outbox=box, max_tokens=max_tokens, seed=seed, eos_ids=[0], stream=stream, ignore_eos=rng.random() < 0.3)
+            except QueueFull:
+                refused += 1
+                assert engine.stats()["submitted"] == submitted
+                break
+            submitted += 1
+            live[uid] = (prompt, max_tokens, seed)
+            got[uid] = []
+            stats = engine.stats()
+            assert stats["submitted"] - sum(stats["finished"].values()) <= most
+        if got and rng.random() < 0.3:
+            uid = rng.choice(list(got))
+            if engine.cancel(uid):
+                cancelled.add(uid)
+        for chunk in box.poll(20 if got else 0):
+            got[chunk.uid] += chunk.token_ids.tolist()
+            assert chunk.num_output_tokens == len(got[chunk.uid])
+            if not chunk.finish_reason:
+                continue
+            ended += 1
+            tokens = got.pop(chunk.uid)
+            prompt, max_tokens, seed = live[chunk.uid]
+            want, _ = expected(prompt, max_tokens, seed, eos=())
+            assert tokens == want[: len(tokens)], chunk
+            if chunk.finish_reason == "cancelled":
+                assert chunk.uid in cancelled
+            elif chunk.finish_reason == "eos":
+                assert want[len(tokens)] == 0 and 0 not in tokens
+            else:
+                assert chunk.finish_reason == "length" and len(tokens) == max_tokens
+    stats = engine.stats()
+    while stats["running"] + stats["waiting"]:
+        stats = engine.stats()
+    assert stats["free_pages"] == options["pages"] and sum(stats["finished"].values()) == total and stats["error"] == ""
+    assert refused > 0 or shape == "roomy"
+    if shape in ("few pages", "one sequence fits", "many slots"):
+        assert stats["preemptions"] > 0
+    assert depth == 2 or stats["wasted_rows"] == 0
+    engine.close()
+
+
+def test_cancel_within_one_step():
+    engine, box = fake_engine(slots=1, step_us=60_000, queue=4, max_len=256, pages=8), Outbox()
+    running = engine.submit([1] * 30, outbox=box, max_tokens=200, ignore_eos=True)
+    queued = engine.submit([2], outbox=box, max_tokens=2, ignore_eos=True)
+    for uid in (queued, running):
+        while engine.stats()["steps"] < 2:
+            time.sleep(0.005)
+        before = engine.stats()["steps"]
+        assert engine.cancel(uid)
+        while not any(c.uid == uid and c.finish_reason == "cancelled" for c in box.poll(5)):
+            pass
+        after = engine.stats()
+        assert after["steps"] - before <= 1
+    assert after["free_pages"] == 8 and after["running"] == 0
+    assert not engine.cancel(running) and not engine.cancel(12345)
+    engine.close()
+
+
+def test_device_never_waits_for_the_host():
+    # two steps in flight: the host's work on a step is hidden behind the next one
+    engine = fake_engine(slots=4, depth=2, step_us=2000, max_len=256, pages=32)
+    start = _native.testing.bubbles(engine._native)
+    result = engine.generate([1, 2, 3], max_tokens=200, ignore_eos=True)
+    assert result.num_output_tokens == 200
+    assert _native.testing.bubbles(engine._native) - start <= 10  # a loaded machine may be late now and then
+    assert engine.stats()["wasted_rows"] == 0
+    engine.close()
+
+
+def test_eos_wastes_one_row_at_most():
+    engine = fake_engine(depth=2)
+    for seed in range(50):
+        want, finish = expected([1, 2], 200, seed)
+        result = engine.generate([1, 2], max_tokens=200, seed=seed)
+        assert result.token_ids.tolist() == want and result.finish_reason == finish
+    assert engine.stats()["wasted_rows"] <= 50
+    engine.close()
