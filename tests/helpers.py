@@ -1,0 +1,96 @@
+"""Shared by tests of ops and models: tiny random GPT-NeoX checkpoints, batches, weights as bits."""
+
+import contextlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from codefuse_triton._native import testing
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import convert  # noqa: E402
+
+PAGE = testing.PAGE_TOKENS
+TORCH_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+TINY = dict(vocab_size=131, hidden_size=96, num_hidden_layers=2, num_attention_heads=4, intermediate_size=152,
+            max_position_embeddings=160, rotary_pct=0.25, bos_token_id=1, eos_token_id=2)
+
+
+def make_neox(path: Path, dtype: str = "f32", **fields):
+    """A random GPTNeoXForCausalLM saved under path/hf and converted to path/native; returns (model in float32, native directory)."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(7)
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**{**TINY, **fields}))
+    with torch.no_grad():  # the library's own initial values are too small and too alike to show mistakes
+        for name, p in model.named_parameters():
+            p.add_(torch.randn_like(p) * (0.15 if p.ndim == 2 else 0.3))
+            p.copy_(p.to(TORCH_DTYPES[dtype]))
+    state = {k: v.to(TORCH_DTYPES[dtype]) for k, v in model.state_dict().items()}
+    model.save_pretrained(path / "hf", state_dict=state)
+    convert.convert(path / "hf", path / "native", tokenizer=False, progress=contextlib.nullcontext(lambda n: None))
+    return model.eval(), path / "native"
+
+
+def as_format(w: np.ndarray, format: str) -> tuple[np.ndarray, np.ndarray]:
+    """float32 weights -> (their bits in the format, the values those bits mean as float32)."""
+    if format == "f32":
+        return np.ascontiguousarray(w, np.float32), w.astype(np.float32)
+    t = torch.from_numpy(np.array(w, np.float32)).to(TORCH_DTYPES[format])
+    return t.view(torch.int16).numpy().view(np.uint16).copy(), t.float().numpy()
+
+
+class Pages:
+    """Page tables of the sequences of a test: pages are handed out in a scattered order, as a used pool would."""
+
+    def __init__(self, slots: int, max_len: int, pages: int, seed: int = 0):
+        self.max_pages = -(-max_len // PAGE)
+        self._free = list(np.random.default_rng(seed).permutation(pages))
+        self._tables = {s: [] for s in range(slots)}
+
+    def table(self, slot: int, length: int) -> list[int]:
+        """The page table of slot with room for length tokens."""
+        t = self._tables[slot]
+        while len(t) * PAGE < length:
+            t.append(int(self._free.pop()))
+        return t + [0] * (self.max_pages - len(t))
+
+
+def make_batch(pages: Pages, decode=(), prefill=(), logits="last", sample=None) -> dict:
+    """decode: (slot, token, position) rows. prefill: (slot, tokens, position of the first) chunks.
+    logits: "last" (every decode row and every chunk's last row), "all", "none" or row numbers."""
+    b = dict(decode_rows=len(decode), token=[], slot=[], position=[], chunks=[])
+    for slot, token, position in decode:
+        b["token"].append(int(token)), b["slot"].append(slot), b["position"].append(position)
+    last = list(range(len(decode)))
+    for slot, tokens, position in prefill:
+        b["chunks"].append((len(b["token"]), len(tokens), slot, position))
+        for i, token in enumerate(tokens):
+            b["token"].append(int(token)), b["slot"].append(slot), b["position"].append(position + i)
+        last.append(len(b["token"]) - 1)
+    rows = {"last": last, "all": list(range(len(b["token"]))), "none": []}
+    b["logit_row"] = rows[logits] if isinstance(logits, str) else list(logits)
+    b["sample"] = sample or []
+    b["table_slot"] = sorted(set(b["slot"]))
+    b["table"] = sum((pages.table(s, 1 + max(p for p, q in zip(b["position"], b["slot"]) if q == s)) for s in b["table_slot"]), [])
+    return b
+
+
+def runner(native: Path, **options) -> testing.Runner:
+    return testing.Runner(str(native), **{"slots": 4, "prefill_rows": 128, "threads": 2, **options})
+
+
+def pages_of(r: testing.Runner, seed: int = 0) -> Pages:
+    return Pages(r.slots, r.max_len, r.pages, seed)
+
+
+def prompt_logits(r: testing.Runner, tokens, chunk: int = 10**9, slot: int = 0, seed: int = 0) -> np.ndarray:
+    """[len(tokens), vocab]: logits of every position, the prompt fed in chunks of at most `chunk` rows."""
+    pages, out = pages_of(r, seed), []
+    step = min(chunk, testing.DECODE_ROWS, r.rows)
+    for start in range(0, len(tokens), step):
+        out.append(r.logits(make_batch(pages, prefill=[(slot, tokens[start:start + step], start)], logits="all")))
+    return np.concatenate(out)
