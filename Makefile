@@ -1,0 +1,85 @@
+# make serve   set up, build, convert the demo model, start Triton, stream a completion, serve until Ctrl-C
+# make test    set up and run every test        (one file: make test ARGS=tests/test_engine.py)
+# make clean   remove what these made
+# Settings: PYTHON HOST HTTP_PORT GRPC_PORT METRICS_PORT ARGS, CUDA=ON|OFF (serve: ON with a GPU and nvcc, test: with nvcc)
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: serve test clean
+
+PYTHON ?= python3
+HOST ?= 127.0.0.1
+HTTP_PORT ?= 8000
+GRPC_PORT ?= 8001
+METRICS_PORT ?= 8002
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NVCC := $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
+GPU := $(wildcard /dev/nvidia0 /dev/dxg)
+SOURCES := $(shell find native backend_src -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
+DEMO := tools/demo/checkpoint
+WEIGHTS := model_repository/generator/1
+
+# A build with CUDA serves without a GPU as well.
+BUILD := $(or $(CUDA),$(if $(filter test,$(MAKECMDGOALS)),$(if $(NVCC),ON,OFF),\
+           $(if $(wildcard $(STAMPS)/native-ON),ON,$(if $(and $(NVCC),$(GPU)),ON,OFF))))
+
+serve: $(STAMPS)/native-$(BUILD) $(STAMPS)/client $(STAMPS)/demo
+	@exec $(BIN)/python tools/serve.py --demo --host $(HOST) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) \
+	  --metrics-port $(METRICS_PORT) $(ARGS)
+
+test: $(STAMPS)/native-$(BUILD) $(STAMPS)/client $(STAMPS)/test
+	@$(BIN)/python -m pytest $(ARGS)
+
+$(STAMPS)/venv:
+	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON); set PYTHON to a Python >= 3.10" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "$(PYTHON) is $$($(PYTHON) --version); 3.10 or newer is needed (set PYTHON)" >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || { echo "no C++ compiler (Debian, Ubuntu: apt-get install g++)" >&2; exit 1; }
+	@echo "== Python environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { echo "could not make it (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/build-tools: | $(STAMPS)/venv
+	@$(PIP) install --quiet 'scikit-build-core>=0.10' 'pybind11>=2.13' 'flit_core>=3.4' 'cmake>=3.24' ninja
+	@touch $@
+
+# With what serving needs: tritonserver, the tokenizers; no torch.
+$(STAMPS)/native-ON $(STAMPS)/native-OFF: $(STAMPS)/native-%: $(SOURCES) $(STAMPS)/build-tools
+	@echo "== packages (tritonserver is the big one) and the native engine, CUDA $*$(if $(filter ON,$*), ($(NVCC)))"
+	@rm -f $(STAMPS)/native-*
+	@log=$(STAMPS)/build.log; : > $$log; CUDACXX=$(NVCC) PATH="$$PWD/$(BIN):$$PATH" \
+	  $(PIP) install -v --no-build-isolation '.[server]' -C build-dir=build/$* -C cmake.define.CODEFUSE_CUDA=$* \
+	  > $$log 2>&1 & build=$$!; \
+	  tail -n +1 -f --pid=$$build $$log | grep --line-buffered -oE '^ *(Downloading|Installing) .*|\[[0-9]+/[0-9]+\] .*' | cut -c 1-150 & \
+	  wait $$build || { sleep 1; tail -60 $$log >&2; echo "the build failed; all of it: $$log" >&2; exit 1; }
+	@touch $@
+
+$(STAMPS)/client: $(shell find client -type f -not -name '*.pyc') | $(STAMPS)/native-$(BUILD)
+	@echo "== client"
+	@$(PIP) install --quiet --no-build-isolation ./client
+	@touch $@
+
+# Only what this rule wrote is written again.
+$(STAMPS)/demo: $(wildcard $(DEMO)/* tools/convert.py tools/checkpoint.py tools/hf_models.py tools/weights_writer.py) \
+    | $(STAMPS)/native-$(BUILD)
+	@if [ -e $(WEIGHTS)/config.json ] && [ ! -e $@ ]; then \
+	  echo "== keeping the weights in $(WEIGHTS)"; \
+	else \
+	  echo "== converting the demo model"; rm -f $(WEIGHTS)/config.json; \
+	  $(BIN)/python tools/convert.py $(DEMO) $(WEIGHTS); touch $@; \
+	fi
+
+$(STAMPS)/test: pyproject.toml | $(STAMPS)/native-$(BUILD)
+	@echo "== packages of the tests (torch)"
+	@$(PIP) install 'codefuse-triton[test]' | grep --line-buffered -v '^Requirement already' || true
+	@$(BIN)/python -c 'import torch, pytest'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build
+	if [ -e $(WEIGHTS)/config.json ]; then echo "kept: the weights in $(WEIGHTS)"; fi
