@@ -25,8 +25,8 @@ DEMO := tools/demo/checkpoint
 WEIGHTS := model_repository/generator/1
 
 # A build with CUDA serves without a GPU as well.
-BUILD := $(or $(CUDA),$(if $(filter test,$(MAKECMDGOALS)),$(if $(NVCC),ON,OFF),\
-           $(if $(wildcard $(STAMPS)/native-ON),ON,$(if $(and $(NVCC),$(GPU)),ON,OFF))))
+BUILD := $(strip $(or $(CUDA),$(if $(filter test,$(MAKECMDGOALS)),$(if $(NVCC),ON,OFF),\
+           $(if $(wildcard $(STAMPS)/native-ON),ON,$(if $(and $(NVCC),$(GPU)),ON,OFF)))))
 
 serve: $(STAMPS)/native-$(BUILD) $(STAMPS)/client $(STAMPS)/demo
 	@exec $(BIN)/python tools/serve.py --demo --host $(HOST) --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) \
