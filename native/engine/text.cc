@@ -6,7 +6,7 @@ namespace codefuse {
 
 // Table 3-7 of the Unicode standard: well-formed byte sequences.
 void Utf8Boundary::next(uint8_t b) {
-  if (need_ > 0 && b >= low_ && b <= high_) {
+  if (continues(b)) {
     --need_;
     low_ = 0x80, high_ = 0xbf;
     return;
@@ -72,6 +72,7 @@ bool TextCut::push(int32_t token, float logprob) {
   const std::string& bytes = token >= 0 && size_t(token) < table_->size() ? (*table_)[size_t(token)] : none;
   bool counts = pushed_ >= min_tokens_;
   ++pushed_;
+  if (!bytes.empty() && !pending_.empty() && !utf8_.continues(uint8_t(bytes[0]))) pending_.back().boundary = true;
   for (size_t i = 0; i < bytes.size() && end_ < 0; ++i) {
     utf8_.next(uint8_t(bytes[i]));
     int found = stops_.next(uint8_t(bytes[i]));
@@ -87,9 +88,9 @@ bool TextCut::push(int32_t token, float logprob) {
 void TextCut::release(bool last, Piece* piece) {
   size_t count = 0;
   if (last) {
-    // tokens that begin before the end of the text
+    // tokens that begin before the end of the text; one without bytes may stand at its end
     int64_t begin = released_;
-    for (; count < pending_.size() && (end_ < 0 || begin < end_); ++count) begin = pending_[count].end;
+    for (; count < pending_.size() && (end_ < 0 || begin < end_ || pending_[count].end == end_); ++count) begin = pending_[count].end;
   } else {
     int64_t safe = length_ - stops_.held();
     for (size_t i = 0; i < pending_.size() && pending_[i].end <= safe; ++i)

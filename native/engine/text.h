@@ -11,10 +11,12 @@ namespace codefuse {
 using TokenBytes = std::vector<std::string>;
 
 // Tells where UTF-8 text may be cut so that decoding the parts with U+FFFD for ill-formed bytes equals decoding the whole:
-// everywhere except inside a sequence that is well-formed so far, hence at most 3 bytes after such a place.
+// everywhere except inside a sequence that is well-formed so far. A byte that does not continue the sequence before it makes
+// the place in front of it a boundary, so at most 3 bytes are behind the last boundary.
 class Utf8Boundary {
  public:
   void next(uint8_t byte);
+  bool continues(uint8_t byte) const { return need_ > 0 && byte >= low_ && byte <= high_; }
   bool at_boundary() const { return need_ == 0; }
 
  private:
@@ -64,8 +66,8 @@ class TextCut {
 
   // Adds a token; true when the text ends in it.
   bool push(int32_t token, float logprob);
-  // Moves what may go out now into piece; with `last` all that belongs to the text. Tokens wholly behind the end of the
-  // text are dropped.
+  // Moves what may go out now into piece; with `last` all that belongs to the text. Tokens that begin behind the end of
+  // the text are dropped.
   void release(bool last, Piece* piece);
 
   int pushed() const { return pushed_; }
