@@ -31,7 +31,7 @@ uint16_t f32_to_f16(float x) {  // |x| < 65504, to nearest
   std::memcpy(&u, &x, 4);
   const uint32_t sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
   if (magnitude < 0x38800000) return uint16_t(sign | uint32_t(std::lrint(std::fabs(x) * 16777216.f)));  // subnormal: units of 2^-24
-  return uint16_t(sign | ((magnitude + 0xfff + (magnitude >> 13 & 1)) >> 13) - (112 << 10));
+  return uint16_t(sign | (((magnitude + 0xfff + (magnitude >> 13 & 1)) >> 13) - (112 << 10)));
 }
 
 uint32_t encoded(Format format, float x) {
