@@ -1,0 +1,100 @@
+// The Ops of one GPU: memory and weights in memory.cu, steps and dispatch to the kernels in ops.cu.
+#pragma once
+#include <array>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cuda/kernels.h"
+#include "ops/ops.h"
+
+namespace codefuse::cuda {
+
+class CudaOps final : public Ops {
+ public:
+  CudaOps(int index, DType act);
+  ~CudaOps() override;
+
+  std::string device() const override { return cat("cuda:", index_); }
+  DType act() const override { return act_; }
+
+  void* alloc(size_t bytes) override;
+  size_t free_memory() const override;
+  Matrix load_matrix(const HostMatrix& m) override;
+  const float* load_vector(const HostMatrix& v) override;
+  void plan(const ModelConfig& config, const Limits& limits, bool replay) override;
+
+  void step(const Batch& batch, int ticket, const std::function<void()>& body) override;
+  Sampled collect(int ticket) override;
+  void embed(float* x, const Matrix& table) override;
+  void add_position(float* x, const Matrix& table) override;
+  void norm(void* y, const float* x, const Norm& n, NormKind kind, float eps, int hidden) override;
+  void linear(void* y, const void* x, const Linear& w, const Activation* act_fn) override;
+  void linear_add(float* y, const void* x, const Linear& w, bool add_bias) override;
+  void gate(void* y, const void* gate, const void* up, Activation act_fn, int n) override;
+  void rope_store(void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) override;
+  void attention(void* out, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) override;
+  void zero(float* y, int64_t n_per_row) override;
+  void add(float* y, const float* x, int64_t n_per_row) override;
+  void gather_logit_rows(float* y, const float* x, int hidden) override;
+  void norm_logit_rows(void* y, const float* x, const Norm& n, NormKind kind, float eps, int hidden) override;
+  void logits(float* y, const void* x, const Linear& head) override;
+  void sample(const float* logits, int vocab) override;
+
+  void upload(void* dst, const void* src, size_t bytes) override;
+  void download(void* dst, const void* src, size_t bytes) override;
+
+ private:
+  // ---- memory.cu
+  struct Bounce {  // weights on their way: pinned host memory and as much on the device
+    void *host = nullptr, *device = nullptr;
+    size_t bytes = 0;
+    cudaEvent_t free = nullptr;
+  };
+  Bounce& bounce(size_t bytes);
+  void drop_bounces();
+  void check_overflow();
+  void use() const;  // makes this thread's calls go to this device
+  template <class T> T* alloc_array(size_t n) { return static_cast<T*>(alloc(n * sizeof(T))); }
+
+  // ---- ops.cu
+  void fill_meta(const Batch& batch, int padded_rows, int ticket);
+  void run_recorded(int rows, const std::function<void()>& body);
+  void linear_rows(const void* x, const Linear& w, const Epilogue& e, int decode, int rows);
+  AttentionShape shape(const ModelConfig& c, int heads, int kv_heads) const;
+
+  int index_;
+  DType act_;
+  Stream s_;
+  std::vector<void*> owned_;
+  std::array<Bounce, 2> bounces_;
+  int next_bounce_ = 0;
+  int32_t* overflow_ = nullptr;  // a weight did not fit the compute dtype
+
+  ModelConfig config_;
+  Limits limits_;
+  bool planned_ = false, replay_ = false;
+  StepMeta meta_;
+  char* meta_device_ = nullptr;
+  size_t table_at_ = 0, tiles_at_ = 0, meta_bytes_ = 0;  // of the staging buffer; the arrays of rows and samples come first
+  std::array<char*, 2> staging_{}, results_{};           // pinned, by ticket
+  std::array<cudaEvent_t, 2> uploaded_{}, done_{};
+  std::array<int, 2> expected_{};                        // samples of the step
+  float2* angles_ = nullptr;
+  SplitScratch split_;
+  AttentionScratch attention_;
+  SampleScratch sampling_;
+  void* padded_ = nullptr;  // x with K rounded up
+  size_t padded_bytes_ = 0;
+
+  int rows_ = 0, decode_rows_ = 0, samples_ = 0, tiles_ = 0;  // the current step
+  bool general_ = false;                                      // some sample has a temperature
+  struct Recording {
+    int seen = 0;
+    cudaGraphExec_t graph = nullptr;
+  };
+  std::map<std::pair<int, bool>, Recording> recordings_;  // by rows and general_
+};
+
+}  // namespace codefuse::cuda

@@ -1,0 +1,98 @@
+// Launchers of the kernels, one group per .cu file. Pointers are device memory; T = rows.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "core/config.h"
+#include "core/dtype.h"
+#include "cuda/device.cuh"
+#include "formats/format.h"
+#include "ops/batch.h"
+#include "ops/ops.h"
+
+namespace codefuse::cuda {
+
+// The current step on the device. A row with slot < 0 pads a recorded step and is skipped.
+struct StepMeta {
+  const int32_t* token = nullptr;     // [T]
+  const int32_t* slot = nullptr;      // [T]
+  const int32_t* position = nullptr;  // [T]
+  const int32_t* sequence = nullptr;  // [T] row of table
+  const int32_t* table = nullptr;     // [n, max_pages]
+  int32_t* last_token = nullptr;      // [slots]
+  const int32_t* logit_row = nullptr;       // [S]
+  const SampleParams* sample = nullptr;     // [S]
+  const int4* tiles = nullptr;        // runs of at most kTileRows prefill rows: first row, rows, position, row of table
+  int max_pages = 0;
+};
+constexpr int kTileRows = 64;
+
+enum class Store { act, add, f32 };  // y = act_fn(z) in the compute dtype | y += z, float32 | y = z, float32
+struct Epilogue {
+  Store store = Store::act;
+  int activation = -1;          // Activation, or -1: none
+  const float* bias = nullptr;  // [N]
+  void* y = nullptr;            // [T, N]
+};
+
+// Where the blocks of decode_linear leave parts of outputs whose K they share.
+struct SplitScratch {
+  float* partial = nullptr;  // [2 * SMs, kDecodeRows, kGroupRows]
+  int32_t* arrived = nullptr;  // [groups], zero between launches
+};
+
+// y[t] from x W^T + b for T <= kDecodeRows decode rows; w in tiles (16-bit act), x [T, K] with K a multiple of kChunkCols.
+void decode_linear(const Stream& s, DType act, const void* x, const void* w, int T, int N, int K, const SplitScratch& scratch, const Epilogue& e);
+// The same for any number of prefill rows.
+void prefill_linear(const Stream& s, DType act, const void* x, const void* w, int T, int N, int K, const Epilogue& e);
+// float32: w [N, K] rows, FMA arithmetic.
+void decode_linear_f32(const Stream& s, const float* x, const float* w, int T, int N, int K, const Epilogue& e);
+void prefill_linear_f32(const Stream& s, const float* x, const float* w, int T, int N, int K, const Epilogue& e);
+// y [T, padded K] = x [T, K], zeros after; 16-bit elements
+void pad_columns(const Stream& s, void* y, const void* x, int T, int K, int padded);
+
+// rows [rows, K] dense at src -> tiles of the act dtype (16-bit) beginning with row group `group`, or float32 rows at dst. overflow
+// becomes 1 when a finite weight does not fit act.
+void repack(const Stream& s, DType act, Format format, const void* src, int rows, int K, void* dst, int64_t first_row, int32_t* overflow);
+void to_float32(const Stream& s, Format format, const void* src, int64_t n, float* dst);
+
+void embed(const Stream& s, DType act, float* x, const void* table, const StepMeta& m, int T, int hidden, int vocab);
+void add_position(const Stream& s, DType act, float* x, const void* table, const StepMeta& m, int T, int hidden);
+void gather_rows(const Stream& s, float* y, const float* x, const int32_t* row, int S, int hidden);
+void norm(const Stream& s, DType act, void* y, const float* x, const Norm& n, NormKind kind, float eps, int T, int hidden);
+void gate(const Stream& s, DType act, void* y, const void* gate, const void* up, Activation fn, int64_t n);
+void zero(const Stream& s, float* y, int64_t n);
+void add(const Stream& s, float* y, const float* x, int64_t n);
+
+struct AttentionShape {
+  int heads, kv_heads, head_dim, rope_dim, window;
+};
+// angles [max_len, rope_dim / 2] (cos, sin)
+void rope_store(const Stream& s, DType act, void* qkv, const KvLayer& kv, const float2* angles, const StepMeta& m, int T, const AttentionShape& a);
+
+struct AttentionScratch {
+  float* partial = nullptr;    // [rows, heads, splits, head_dim + 2]
+  int32_t* arrived = nullptr;  // [rows, kv_heads], zero between launches
+  int rows = 0, splits = 0;
+};
+constexpr int kSplitTokens = 128;
+// One row at a time, its positions in splits of kSplitTokens combined in order; rows [row, row + T).
+void attention_rows(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, int row, int T,
+                    const AttentionShape& a, const AttentionScratch& scratch);
+// Tiles of prefill rows on the tensor cores; 16-bit act, head_dim <= 128.
+void attention_tiles(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, int tiles, const AttentionShape& a);
+
+struct SampleScratch {
+  unsigned long long* best = nullptr;  // [kDecodeRows, kSampleParts] key of the greatest logit, complement of its id
+  float* sum = nullptr;                // [kDecodeRows, kSampleParts]
+  int32_t* arrived = nullptr;          // [kDecodeRows], zero between launches
+  float2* top = nullptr;               // [kDecodeRows] greatest logit, log of the sum of exp(logit - greatest)
+  int32_t* token = nullptr;            // [kDecodeRows] results
+  float* logprob = nullptr;            // [kDecodeRows]
+};
+constexpr int kSampleParts = 32;
+// general: some sample has a temperature
+void sample(const Stream& s, const float* logits, int vocab, int S, bool general, const StepMeta& m, const SampleScratch& scratch);
+
+}  // namespace codefuse::cuda

@@ -1,0 +1,261 @@
+// Steps: the batch goes up in one copy, the ops become kernels, results come down behind an event. A step of decode rows alone
+// that samples every row is recorded as a CUDA graph for a number of rows (padded) and replayed.
+#include <cstring>
+
+#include "cuda/device_ops.h"
+#include "cuda/tiles.cuh"
+#include "ops/rope_table.h"
+
+namespace codefuse::cuda {
+
+namespace {
+
+constexpr size_t kAttentionScratch = size_t(256) << 20;  // bytes at most; more rows take several launches
+constexpr int kGroupsMax = 1 << 14;                       // as load_matrix checks
+
+size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+int bucket_of(int rows) {
+  for (int b : {1, 2, 4})
+    if (rows <= b) return b;
+  return (rows + 7) / 8 * 8;
+}
+
+}  // namespace
+
+void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
+  if (c.head_dim % 8 != 0 || c.head_dim < 8 || c.head_dim > 256)
+    throw ValueError(cat("head_dim is ", c.head_dim, "; on CUDA it is a multiple of 8 from 8 to 256"));
+  use();
+  drop_bounces();
+  check_overflow();
+  config_ = c;
+  limits_ = limits;
+  replay_ = replay;
+  planned_ = true;
+
+  // staging: token, slot, position, sequence [rows] | logit_row, sample [samples] | table | tiles
+  const size_t rows = aligned(size_t(limits.rows) * 4);
+  size_t at = 4 * rows;
+  const size_t logit_row_at = at, sample_at = at += aligned(kDecodeRows * 4);
+  table_at_ = at += aligned(kDecodeRows * sizeof(SampleParams));
+  tiles_at_ = at += aligned(size_t(limits.slots) * limits.max_pages() * 4);
+  meta_bytes_ = at += size_t(limits.rows) * sizeof(int4);
+  meta_device_ = alloc_array<char>(meta_bytes_);
+  char* const d = meta_device_;
+  meta_.token = reinterpret_cast<int32_t*>(d);
+  meta_.slot = reinterpret_cast<int32_t*>(d + rows);
+  meta_.position = reinterpret_cast<int32_t*>(d + 2 * rows);
+  meta_.sequence = reinterpret_cast<int32_t*>(d + 3 * rows);
+  meta_.logit_row = reinterpret_cast<int32_t*>(d + logit_row_at);
+  meta_.sample = reinterpret_cast<SampleParams*>(d + sample_at);
+  meta_.table = reinterpret_cast<int32_t*>(d + table_at_);
+  meta_.tiles = reinterpret_cast<int4*>(d + tiles_at_);
+  meta_.max_pages = limits.max_pages();
+  meta_.last_token = alloc_array<int32_t>(size_t(limits.slots));
+  for (int i = 0; i < 2; ++i) {
+    check(cudaMallocHost(reinterpret_cast<void**>(&staging_[i]), meta_bytes_), "pinned memory for the batch");
+    check(cudaMallocHost(reinterpret_cast<void**>(&results_[i]), kDecodeRows * 8), "pinned memory for results");
+  }
+
+  const RopeTable table = make_rope_table(c, limits.max_len);
+  std::vector<float2> angles(table.cos.size());
+  for (size_t i = 0; i < angles.size(); ++i) angles[i] = make_float2(table.cos[i], table.sin[i]);
+  angles_ = alloc_array<float2>(angles.size());
+  upload(angles_, angles.data(), angles.size() * sizeof(float2));
+
+  if (act_ != DType::f32) {
+    split_.partial = alloc_array<float>(size_t(2) * s_.sms * kDecodeRows * kGroupRows);
+    split_.arrived = alloc_array<int32_t>(kGroupsMax);
+  }
+  attention_.splits = (limits.max_len + kSplitTokens - 1) / kSplitTokens;
+  const size_t row_floats = size_t(c.heads) * attention_.splits * (c.head_dim + 2);
+  attention_.rows = int(std::max<size_t>(1, std::min<size_t>(std::min(kDecodeRows, limits.rows), kAttentionScratch / (row_floats * 4))));
+  attention_.partial = alloc_array<float>(row_floats * attention_.rows);
+  attention_.arrived = alloc_array<int32_t>(size_t(attention_.rows) * c.kv_heads);
+  sampling_.best = alloc_array<unsigned long long>(kDecodeRows * kSampleParts);
+  sampling_.sum = alloc_array<float>(kDecodeRows * kSampleParts);
+  sampling_.arrived = alloc_array<int32_t>(kDecodeRows);
+  sampling_.top = alloc_array<float2>(kDecodeRows);
+  sampling_.token = alloc_array<int32_t>(2 * kDecodeRows);
+  sampling_.logprob = reinterpret_cast<float*>(sampling_.token + kDecodeRows);
+  check(cudaStreamSynchronize(s_.stream), "planning");
+}
+
+// Writes the batch to the staging buffer, rows padded, and sends it.
+void CudaOps::fill_meta(const Batch& b, int padded, int ticket) {
+  check(cudaEventSynchronize(uploaded_[ticket]), "uploading the batch");
+  char* const base = staging_[ticket];
+  auto host = [&](const void* device) { return base + (static_cast<const char*>(device) - meta_device_); };
+  auto* token = reinterpret_cast<int32_t*>(host(meta_.token));
+  auto* slot = reinterpret_cast<int32_t*>(host(meta_.slot));
+  auto* position = reinterpret_cast<int32_t*>(host(meta_.position));
+  auto* sequence = reinterpret_cast<int32_t*>(host(meta_.sequence));
+  auto* logit_row = reinterpret_cast<int32_t*>(host(meta_.logit_row));
+  auto* sample = reinterpret_cast<SampleParams*>(host(meta_.sample));
+  std::vector<int> table_of(size_t(limits_.slots), 0);
+  for (size_t i = 0; i < b.table_slot.size(); ++i) table_of[size_t(b.table_slot[i])] = int(i);
+  for (int t = 0; t < b.rows(); ++t) token[t] = b.token[t], slot[t] = b.slot[t], position[t] = b.position[t], sequence[t] = table_of[b.slot[t]];
+  for (int t = b.rows(); t < padded; ++t) token[t] = 0, slot[t] = -1, position[t] = 0, sequence[t] = 0;
+  for (int i = 0; i < b.samples(); ++i) logit_row[i] = b.logit_row[i], sample[i] = b.sample[i];
+  if (padded > b.rows())
+    for (int i = b.samples(); i < padded; ++i) logit_row[i] = i, sample[i] = SampleParams{};
+  std::memcpy(host(meta_.table), b.table.data(), b.table.size() * 4);
+  size_t bytes = table_at_ + b.table.size() * 4;
+  tiles_ = 0;
+  auto* tiles = reinterpret_cast<int4*>(host(meta_.tiles));
+  for (const Chunk& c : b.chunks)
+    for (int i = 0; i < c.count; i += kTileRows)
+      tiles[tiles_++] = make_int4(c.row + i, std::min(kTileRows, c.count - i), c.position + i, table_of[size_t(c.slot)]);
+  if (tiles_) bytes = tiles_at_ + size_t(tiles_) * sizeof(int4);
+  check(cudaMemcpyAsync(meta_device_, base, bytes, cudaMemcpyHostToDevice, s_.stream), "uploading the batch");
+  check(cudaEventRecord(uploaded_[ticket], s_.stream), "uploading the batch");
+}
+
+void CudaOps::step(const Batch& batch, int ticket, const std::function<void()>& body) {
+  check_batch(batch, limits_, config_.vocab);
+  use();
+  rows_ = batch.rows();
+  decode_rows_ = batch.decode_rows;
+  samples_ = batch.samples();
+  general_ = false;
+  for (const SampleParams& p : batch.sample) general_ |= p.temperature > 0;
+  bool record = replay_ && decode_rows_ == rows_ && samples_ == rows_;
+  for (int i = 0; i < samples_ && record; ++i) record = batch.logit_row[i] == i;
+  const int padded = std::min({bucket_of(rows_), limits_.rows, limits_.slots});
+  record = record && padded >= rows_;
+  fill_meta(batch, record ? padded : rows_, ticket);
+  if (record) {
+    rows_ = decode_rows_ = samples_ = padded;
+    run_recorded(padded, body);
+  } else {
+    body();
+  }
+  expected_[ticket] = batch.samples();
+  if (batch.samples())
+    check(cudaMemcpyAsync(results_[ticket], sampling_.token, kDecodeRows * 8, cudaMemcpyDeviceToHost, s_.stream), "results");
+  check(cudaEventRecord(done_[ticket], s_.stream), "results");
+}
+
+// The first step of a kind runs as it is, which also loads its kernels; the second is recorded.
+void CudaOps::run_recorded(int rows, const std::function<void()>& body) {
+  Recording& r = recordings_[{rows, general_}];
+  if (r.seen++ == 0) return body();
+  if (!r.graph) {
+    cudaGraph_t graph = nullptr;
+    check(cudaStreamBeginCapture(s_.stream, cudaStreamCaptureModeThreadLocal), "recording a step");
+    try {
+      body();
+    } catch (...) {
+      cudaStreamEndCapture(s_.stream, &graph);
+      if (graph) cudaGraphDestroy(graph);
+      throw;
+    }
+    check(cudaStreamEndCapture(s_.stream, &graph), "recording a step");
+    const cudaError_t e = cudaGraphInstantiate(&r.graph, graph, 0);
+    cudaGraphDestroy(graph);
+    check(e, "recording a step");
+  }
+  check(cudaGraphLaunch(r.graph, s_.stream), "replaying a step");
+}
+
+Sampled CudaOps::collect(int ticket) {
+  use();
+  check(cudaEventSynchronize(done_[ticket]), "a step failed");
+  Sampled out;
+  const int n = expected_[ticket];
+  const auto* token = reinterpret_cast<const int32_t*>(results_[ticket]);
+  const auto* logprob = reinterpret_cast<const float*>(results_[ticket] + kDecodeRows * 4);
+  out.token.assign(token, token + n);
+  out.logprob.assign(logprob, logprob + n);
+  return out;
+}
+
+// Rows [0, decode) through the streaming kernel, [decode, rows) through the prefill kernel.
+void CudaOps::linear_rows(const void* x, const Linear& w, const Epilogue& e, int decode, int rows) {
+  const int N = int(w.weight.rows), K = int(w.weight.cols);
+  auto epilogue_at = [&](int row) {
+    Epilogue at = e;
+    at.y = static_cast<char*>(e.y) + int64_t(row) * N * int64_t(e.store == Store::act ? size_of(act_) : 4);
+    return at;
+  };
+  if (act_ == DType::f32) {
+    const auto* in = static_cast<const float*>(x);
+    const auto* weights = static_cast<const float*>(w.weight.data);
+    if (decode) decode_linear_f32(s_, in, weights, decode, N, K, e);
+    if (rows > decode) prefill_linear_f32(s_, in + int64_t(decode) * K, weights, rows - decode, N, K, epilogue_at(decode));
+    return;
+  }
+  const int padded = int(steps_of(K)) * kChunkCols;
+  if (padded != K || reinterpret_cast<uintptr_t>(x) % 16 != 0) {
+    const size_t bytes = size_t(rows) * padded * 2;
+    if (bytes > padded_bytes_) {  // for all rows at the first use, which is never recorded
+      padded_bytes_ = size_t(std::max(rows, limits_.rows)) * padded * 2;
+      padded_ = alloc(padded_bytes_);
+    }
+    pad_columns(s_, padded_, x, rows, K, padded);
+    x = padded_;
+  }
+  const auto* in = static_cast<const char*>(x);
+  for (int r = 0; r < decode; r += kDecodeRows)
+    decode_linear(s_, act_, in + int64_t(r) * padded * 2, w.weight.data, std::min(kDecodeRows, decode - r), N, padded, split_, epilogue_at(r));
+  if (rows > decode) prefill_linear(s_, act_, in + int64_t(decode) * padded * 2, w.weight.data, rows - decode, N, padded, epilogue_at(decode));
+}
+
+void CudaOps::embed(float* x, const Matrix& table) { cuda::embed(s_, act_, x, table.data, meta_, rows_, int(table.cols), int(table.rows)); }
+void CudaOps::add_position(float* x, const Matrix& table) { cuda::add_position(s_, act_, x, table.data, meta_, rows_, int(table.cols)); }
+
+void CudaOps::norm(void* y, const float* x, const Norm& n, NormKind kind, float eps, int hidden) {
+  cuda::norm(s_, act_, y, x, n, kind, eps, rows_, hidden);
+}
+
+void CudaOps::linear(void* y, const void* x, const Linear& w, const Activation* act_fn) {
+  linear_rows(x, w, Epilogue{Store::act, act_fn ? int(*act_fn) : -1, w.bias, y}, decode_rows_, rows_);
+}
+
+void CudaOps::linear_add(float* y, const void* x, const Linear& w, bool add_bias) {
+  linear_rows(x, w, Epilogue{Store::add, -1, add_bias ? w.bias : nullptr, y}, decode_rows_, rows_);
+}
+
+void CudaOps::gate(void* y, const void* gate, const void* up, Activation act_fn, int n) {
+  cuda::gate(s_, act_, y, gate, up, act_fn, int64_t(rows_) * n);
+}
+
+AttentionShape CudaOps::shape(const ModelConfig& c, int heads, int kv_heads) const {
+  return {heads, kv_heads, c.head_dim, c.position == PositionKind::rope ? c.rope_dim : 0, c.window};
+}
+
+void CudaOps::rope_store(void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) {
+  cuda::rope_store(s_, act_, qkv, kv, angles_, meta_, rows_, shape(c, heads, kv_heads));
+}
+
+void CudaOps::attention(void* out, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) {
+  const AttentionShape a = shape(c, heads, kv_heads);
+  if (decode_rows_) attention_rows(s_, act_, out, qkv, kv, meta_, 0, decode_rows_, a, attention_);
+  if (rows_ == decode_rows_) return;
+  if (act_ == DType::f32 || c.head_dim > 128)
+    attention_rows(s_, act_, out, qkv, kv, meta_, decode_rows_, rows_ - decode_rows_, a, attention_);
+  else
+    attention_tiles(s_, act_, out, qkv, kv, meta_, tiles_, a);
+}
+
+void CudaOps::zero(float* y, int64_t n) { cuda::zero(s_, y, rows_ * n); }
+void CudaOps::add(float* y, const float* x, int64_t n) { cuda::add(s_, y, x, rows_ * n); }
+
+void CudaOps::gather_logit_rows(float* y, const float* x, int hidden) {
+  if (samples_) gather_rows(s_, y, x, meta_.logit_row, samples_, hidden);
+}
+
+void CudaOps::norm_logit_rows(void* y, const float* x, const Norm& n, NormKind kind, float eps, int hidden) {
+  if (samples_) cuda::norm(s_, act_, y, x, n, kind, eps, samples_, hidden);
+}
+
+void CudaOps::logits(float* y, const void* x, const Linear& head) {
+  if (samples_) linear_rows(x, head, Epilogue{Store::f32, -1, head.bias, y}, samples_, samples_);
+}
+
+void CudaOps::sample(const float* logits, int vocab) {
+  if (samples_) cuda::sample(s_, logits, vocab, samples_, general_, meta_, sampling_);
+}
+
+}  // namespace codefuse::cuda

@@ -1,0 +1,84 @@
+// Rows in and out of the residual stream: embedding, learned positions, gathering, sums.
+#include "cuda/kernels.h"
+#include "cuda/tiles.cuh"
+
+namespace codefuse::cuda {
+
+namespace {
+
+// element (row, col) of a matrix in this device's layout: float32 rows, or tiles
+__device__ __forceinline__ float weight_at(const float* w, int64_t row, int col, int hidden) { return w[row * hidden + col]; }
+template <class T>
+__device__ __forceinline__ float weight_at(const T* w, int64_t row, int col, int hidden) {
+  return to_float(w[tile_offset(row, col, steps_of(hidden))]);
+}
+
+template <class T>
+__global__ void embed_rows(float* __restrict__ x, const T* __restrict__ table, StepMeta m, int hidden, int vocab) {
+  launch_dependents();
+  grid_wait();
+  const int t = blockIdx.x, slot = m.slot[t];
+  int token = slot < 0 ? -1 : m.token[t];
+  if (slot >= 0 && token == kLastToken) token = m.last_token[slot];
+  const bool known = token >= 0 && token < vocab;
+  for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < hidden; i += gridDim.y * blockDim.x)
+    x[int64_t(t) * hidden + i] = known ? weight_at(table, token, i, hidden) : 0.f;
+}
+
+template <class T>
+__global__ void add_position_rows(float* __restrict__ x, const T* __restrict__ table, StepMeta m, int hidden) {
+  launch_dependents();
+  grid_wait();
+  const int t = blockIdx.x;
+  if (m.slot[t] < 0) return;
+  for (int i = threadIdx.x; i < hidden; i += blockDim.x) x[int64_t(t) * hidden + i] += weight_at(table, m.position[t], i, hidden);
+}
+
+__global__ void gather(float* __restrict__ y, const float* __restrict__ x, const int32_t* __restrict__ row, int hidden) {
+  launch_dependents();
+  grid_wait();
+  const int64_t from = int64_t(row[blockIdx.x]) * hidden, to = int64_t(blockIdx.x) * hidden;
+  for (int i = threadIdx.x; i < hidden; i += blockDim.x) y[to + i] = x[from + i];
+}
+
+__global__ void zero_all(float* y, int64_t n) {
+  launch_dependents();
+  grid_wait();
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) y[i] = 0.f;
+}
+
+__global__ void add_all(float* y, const float* x, int64_t n) {
+  launch_dependents();
+  grid_wait();
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) y[i] += x[i];
+}
+
+int blocks_for(int64_t n) { return int(std::min<int64_t>((n + 255) / 256, 1024)); }
+
+template <class T>
+void run_embed(const Stream& s, float* x, const void* table, const StepMeta& m, int rows, int hidden, int vocab) {
+  launch(s, embed_rows<T>, dim3(rows, std::min((hidden + 255) / 256, 8)), 256, 0, x, static_cast<const T*>(table), m, hidden, vocab);
+}
+
+template <class T>
+void run_position(const Stream& s, float* x, const void* table, const StepMeta& m, int rows, int hidden) {
+  launch(s, add_position_rows<T>, rows, 256, 0, x, static_cast<const T*>(table), m, hidden);
+}
+
+}  // namespace
+
+void embed(const Stream& s, DType act, float* x, const void* table, const StepMeta& m, int T, int hidden, int vocab) {
+  if (act == DType::f32) return run_embed<float>(s, x, table, m, T, hidden, vocab);
+  act == DType::f16 ? run_embed<__half>(s, x, table, m, T, hidden, vocab) : run_embed<__nv_bfloat16>(s, x, table, m, T, hidden, vocab);
+}
+
+void add_position(const Stream& s, DType act, float* x, const void* table, const StepMeta& m, int T, int hidden) {
+  if (act == DType::f32) return run_position<float>(s, x, table, m, T, hidden);
+  act == DType::f16 ? run_position<__half>(s, x, table, m, T, hidden) : run_position<__nv_bfloat16>(s, x, table, m, T, hidden);
+}
+
+void gather_rows(const Stream& s, float* y, const float* x, const int32_t* row, int S, int hidden) { launch(s, gather, S, 256, 0, y, x, row, hidden); }
+void zero(const Stream& s, float* y, int64_t n) { launch(s, zero_all, blocks_for(n), 256, 0, y, n); }
+void add(const Stream& s, float* y, const float* x, int64_t n) { launch(s, add_all, blocks_for(n), 256, 0, y, x, n); }
+
+}  // namespace codefuse::cuda
