@@ -55,8 +55,8 @@ $(STAMPS)/native-ON $(STAMPS)/native-OFF: $(STAMPS)/native-%: $(SOURCES) $(STAMP
 	@log=$(STAMPS)/build.log; : > $$log; CUDACXX=$(NVCC) PATH="$$PWD/$(BIN):$$PATH" \
 	  $(PIP) install -v --no-build-isolation '.[server]' -C build-dir=build/$* -C cmake.define.CODEFUSE_CUDA=$* \
 	  > $$log 2>&1 & build=$$!; \
-	  tail -n +1 -f --pid=$$build $$log | grep --line-buffered -oE '^ *(Downloading|Installing) .*|\[[0-9]+/[0-9]+\] .*' | cut -c 1-150 & \
-	  wait $$build || { sleep 1; tail -60 $$log >&2; echo "the build failed; all of it: $$log" >&2; exit 1; }
+	  tail -n +1 -s 0.2 -f --pid=$$build $$log | sed -unE 's/^ *(Downloading [^ ]+) (\(.*)/\1 \2/p; s/.*(\[[0-9]+\/[0-9]+\] .*)/\1/p'; \
+	  wait $$build || { tail -60 $$log >&2; echo "the build failed; all of it: $$log" >&2; exit 1; }
 	@touch $@
 
 $(STAMPS)/client: $(shell find client -type f -not -name '*.pyc') | $(STAMPS)/native-$(BUILD)

@@ -241,7 +241,7 @@ class TritonServer:
     def failures(self) -> str:
         """Why models did not load, from the log; its last lines if it does not say."""
         text = self.log.read_text(errors="replace")
-        reasons = re.findall(r"failed to load '(\w+)' version \d+: (.*)", text)
+        reasons = re.findall(r"failed to load (?:model )?'(\w+)'(?: version \d+)?: (.*)", text)
         if reasons:
             return "; ".join(f"{model}: {reason.split(chr(92) + 'n' + chr(92) + 'nAt:')[0]}" for model, reason in reasons)
         return "\n".join(text.splitlines()[-15:])
