@@ -113,43 +113,27 @@ class FakeRunner final : public Runner {
     int32_t token = -9, position = -9, kind = -9;
   };
 
-  // Checks everything batch.h promises, stores the rows, samples.
+  // Checks the batch, stores its rows, samples.
   Sampled step(const Batch& b) {
+    check_batch(b, limits_, config_.vocab);
     const int rows = b.rows(), table_width = limits_.max_pages();
-    expect(rows > 0 && rows <= limits_.rows, "rows out of range");
-    expect(b.decode_rows >= 0 && b.decode_rows <= kDecodeRows, "decode rows out of range");
-    expect(int(b.slot.size()) == rows && int(b.position.size()) == rows, "sizes of slot and position");
-    expect(b.table.size() == b.table_slot.size() * size_t(table_width), "size of the page table");
-    std::map<int32_t, const int32_t*> table;
-    for (size_t i = 0; i < b.table_slot.size(); ++i)
-      expect(table.emplace(b.table_slot[i], b.table.data() + i * size_t(table_width)).second, "a slot twice in the page table");
-    int next_row = b.decode_rows;
-    for (const Chunk& c : b.chunks) {
-      expect(c.row == next_row && c.count > 0, "chunks are not the prefill rows in order");
-      for (int r = 0; r < c.count; ++r, ++next_row)
-        expect(b.slot[size_t(next_row)] == c.slot && b.position[size_t(next_row)] == c.position + r, "chunk and rows differ");
-    }
-    expect(next_row == rows, "prefill rows without a chunk");
-
+    std::map<int32_t, const int32_t*> table;  // slot -> its pages
+    for (size_t i = 0; i < b.table_slot.size(); ++i) table[b.table_slot[i]] = b.table.data() + i * size_t(table_width);
     std::set<std::pair<int32_t, int>> written;  // (page, offset)
     std::map<int32_t, int32_t> owner;           // page -> slot
     for (int r = 0; r < rows; ++r) {
       const int32_t slot = b.slot[size_t(r)], position = b.position[size_t(r)];
-      expect(slot >= 0 && slot < limits_.slots && table.count(slot), "slot without a page table");
-      expect(position >= 0 && position < limits_.max_len, "position out of range");
       int32_t token = b.token[size_t(r)];
       if (token == kLastToken) token = last_[size_t(slot)];
-      expect(token >= 0 && token < config_.vocab, "token out of range");
+      expect(token >= 0, "last token of a slot that sampled none");
       const int32_t page = table[slot][position / kPageTokens];
-      expect(page >= 0 && page < limits_.pages, "page out of range");
       expect(written.emplace(page, position % kPageTokens).second, "two rows write one KV place");
       store_[size_t(page) * kPageTokens + size_t(position % kPageTokens)] = {token, position, r >= b.decode_rows};
     }
     Sampled out;
-    expect(b.sample.size() == b.logit_row.size(), "sizes of sample and logit_row");
     for (size_t i = 0; i < b.logit_row.size(); ++i) {
       const int32_t row = b.logit_row[i];
-      expect(row >= 0 && row < rows && (i == 0 || row > b.logit_row[i - 1]), "logit rows are not in order");
+      expect(i == 0 || row > b.logit_row[i - 1], "logit rows are not in order");
       const int32_t slot = b.slot[size_t(row)], position = b.position[size_t(row)];
       uint64_t hash = 14695981039346656037ull;
       for (int p = 0; p <= position; ++p) {

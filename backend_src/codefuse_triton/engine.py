@@ -153,6 +153,9 @@ class Engine:
             stop = (stop,)
         if seed is not None and not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}; expected 0..{2**64 - 1}")
+        for name, value in (("max_tokens", max_tokens), ("min_tokens", min_tokens), ("top_k", top_k)):
+            if abs(value) >= 2**31:
+                raise ValueError(f"{name} is {value}; expected less than {2**31}")
         eos = [] if ignore_eos else self._eos_ids if eos_ids is None else list(eos_ids)
         return self._native.submit(self._ids(prompt), outbox, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                                    min_p=min_p, seed=seed, stop=list(stop), include_stop=include_stop, eos_ids=eos, min_tokens=min_tokens,

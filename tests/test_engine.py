@@ -1,0 +1,391 @@
+"""The engine through its Python API: a fake device for the loop's behaviour, tiny random checkpoints for its results."""
+import gc
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+from codefuse_triton import DeviceError, Outbox, QueueFull
+from fake_model import expected, fake_engine, letters
+
+PROMPT = [5, 6, 7]
+
+
+@pytest.fixture
+def engine():
+    with fake_engine() as e:
+        yield e
+
+
+def drain(box, uids, timeout=20):
+    """All chunks of uids, per uid, until each has ended."""
+    got = {uid: [] for uid in uids}
+    while any(not c or not c[-1].finish_reason for c in got.values()):
+        chunks = box.poll(timeout)
+        assert chunks, "nothing came"
+        for c in chunks:
+            got[c.uid].append(c)
+    return got
+
+
+def slow(**options):
+    return fake_engine(**{"step_us": 3000, "slots": 4, "max_len": 256, "pages": 32, **options})
+
+
+# ---- output ---------------------------------------------------------------------------------------------------------
+
+
+def test_stream_equals_generate(engine):
+    whole = engine.generate(PROMPT, max_tokens=60, seed=3, ignore_eos=True, logprobs=True)
+    tokens, _ = expected(PROMPT, 60, 3, eos=())
+    assert whole.token_ids.tolist() == tokens and whole.finish_reason == "length" and whole.num_output_tokens == 60
+    table = letters()
+    assert whole.text.encode() == b"".join(table[t] for t in tokens)
+    chunks = list(engine.stream(PROMPT, max_tokens=60, seed=3, ignore_eos=True, logprobs=True))
+    assert b"".join(c.text for c in chunks) == whole.text.encode()
+    assert np.concatenate([c.token_ids for c in chunks]).tolist() == tokens
+    assert [c.index for c in chunks] == list(range(len(chunks)))
+    assert [c.finish_reason for c in chunks] == [""] * (len(chunks) - 1) + ["length"]
+    assert np.concatenate([c.logprobs for c in chunks]).tolist() == whole.logprobs.tolist() == [-0.25 * t for t in tokens]
+    assert chunks[-1].cum_logprob == whole.cum_logprob == sum(-0.25 * t for t in tokens)
+    assert all(c.text_start == 0 and c.text_bytes == len(c.text) and c.num_input_tokens == 3 for c in chunks)
+    assert whole.token_ids.dtype == np.int32 and whole.logprobs.dtype == np.float32
+
+
+def test_tokens_come_one_by_one():
+    with slow() as e:
+        chunks = list(e.stream(PROMPT, max_tokens=10, ignore_eos=True))
+    assert len(chunks) >= 8
+    assert chunks[-1].prefill_s > 0.002 and chunks[-1].decode_s > 0.02 and chunks[-1].queue_s < 0.05
+
+
+def test_chunks_that_wait_are_merged():
+    box = Outbox()
+    with fake_engine() as e:
+        uid = e.submit(PROMPT, outbox=box, max_tokens=20, seed=1, ignore_eos=True)
+        while e.stats()["finished"]["length"] == 0:
+            pass
+        time.sleep(0.05)
+        (c,) = box.poll(1)
+        assert c.uid == uid and c.token_ids.tolist() == expected(PROMPT, 20, 1, eos=())[0] and c.finish_reason == "length"
+        assert c.text == b"".join(letters()[t] for t in c.token_ids) and c.logprobs.size == 0
+        assert box.poll(0) == []
+
+
+def test_not_streaming_is_one_chunk():
+    with slow() as e:
+        box = Outbox()
+        uid = e.submit(PROMPT, outbox=box, max_tokens=12, stream=False, ignore_eos=True, logprobs=True)
+        (chunks,) = drain(box, [uid]).values()
+        assert len(chunks) == 1 and chunks[0].index == 0 and len(chunks[0].token_ids) == len(chunks[0].logprobs) == 12
+
+
+def test_eos_is_neither_delivered_nor_counted(engine):
+    ended = 0
+    for seed in range(40):
+        tokens, finish = expected(PROMPT, 50, seed)
+        r = engine.generate(PROMPT, max_tokens=50, seed=seed)
+        assert (r.token_ids.tolist(), r.finish_reason, r.num_output_tokens) == (tokens, finish, len(tokens))
+        ended += finish == "eos"
+    assert 0 < ended < 40
+
+
+def test_eos_options(engine):
+    free = expected(PROMPT, 40, 9, eos=())[0]
+    some = free[7]
+    assert engine.generate(PROMPT, max_tokens=40, seed=9, eos_ids=[some]).token_ids.tolist() == free[: free.index(some)]
+    assert engine.generate(PROMPT, max_tokens=40, seed=9, eos_ids=[some], ignore_eos=True).token_ids.tolist() == free
+    late = engine.generate(PROMPT, max_tokens=40, seed=9, eos_ids=[some], min_tokens=free.index(some) + 1)
+    assert len(late.token_ids) > free.index(some) and late.token_ids.tolist() == free[: len(late.token_ids)]
+
+
+def test_stop_strings(engine):
+    free = engine.generate(PROMPT, max_tokens=60, seed=4, ignore_eos=True)
+    stop = free.text[20:24]
+    at = free.text.index(stop)
+    for stream in (False, True):
+        cut = engine.generate(PROMPT, max_tokens=60, seed=4, ignore_eos=True, stop=[stop, b"nowhere"])
+        if stream:
+            chunks = list(engine.stream(PROMPT, max_tokens=60, seed=4, ignore_eos=True, stop=stop))
+            assert b"".join(c.text for c in chunks).decode() == cut.text
+            assert sum(len(c.token_ids) for c in chunks) == cut.num_output_tokens == chunks[-1].num_output_tokens
+        assert cut.text == free.text[:at] and cut.finish_reason == "stop" and cut.stop_reason == stop
+        assert cut.token_ids.tolist() == free.token_ids.tolist()[: len(cut.token_ids)]
+    kept = engine.generate(PROMPT, max_tokens=60, seed=4, ignore_eos=True, stop=[stop], include_stop=True)
+    assert kept.text == free.text[: at + 4]
+    assert engine.generate(PROMPT, max_tokens=60, seed=4, ignore_eos=True, stop=[stop], min_tokens=60).text == free.text
+
+
+def test_uids_are_unique_and_positive(engine):
+    box = Outbox()
+    uids = [engine.submit(PROMPT, outbox=box, max_tokens=1) for _ in range(10)]
+    assert len(set(uids)) == 10 and min(uids) > 0
+    drain(box, uids)
+
+
+# ---- input ----------------------------------------------------------------------------------------------------------
+
+BAD = [
+    (dict(prompt=[]), "prompt has no tokens"),
+    (dict(prompt=[1] * 256), "prompt has 256 tokens; expected at most 255"),
+    (dict(prompt=[1, 64]), r"prompt\[1\] is token 64; expected 0..63"),
+    (dict(prompt=[1, -1]), "prompt has token -1; expected 0..63"),
+    (dict(prompt=[2**40]), f"prompt has token {2**40}; expected 0..63"),
+    (dict(prompt=[[1, 2]]), "prompt has shape"),
+    (dict(prompt=[1.5]), "expected text or a flat sequence"),
+    (dict(prompt="text"), "has no tokenizer"),
+    (dict(max_tokens=0), "max_tokens is 0; expected at least 1"),
+    (dict(max_tokens=254), "max_tokens is 254; expected at most 253 with a prompt of 3 tokens"),
+    (dict(max_tokens=2**40), "max_tokens is 1099511627776"),
+    (dict(min_tokens=-1), "min_tokens is -1"),
+    (dict(min_tokens=9, max_tokens=8), r"min_tokens is 9; expected 0..8 \(max_tokens\)"),
+    (dict(temperature=-0.1), "temperature is -0.1"),
+    (dict(temperature=float("nan")), "temperature is nan"),
+    (dict(temperature=float("inf")), "temperature is inf"),
+    (dict(top_k=-1), "top_k is -1"),
+    (dict(top_p=0.0), "top_p is 0; expected more than 0"),
+    (dict(top_p=1.5), "top_p is 1.5"),
+    (dict(top_p=float("nan")), "top_p is nan"),
+    (dict(min_p=-0.5), "min_p is -0.5"),
+    (dict(min_p=1.01), "min_p is 1.01"),
+    (dict(seed=-1), "seed is -1"),
+    (dict(seed=2**64), "seed is 18446744073709551616"),
+    (dict(stop=["a", ""]), r"stop\[1\] is empty"),
+    (dict(stop=["x" * 70000]), "stop has 70000 bytes; expected at most 65536"),
+    (dict(eos_ids=[64]), r"eos_ids\[0\] is 64"),
+]
+
+
+@pytest.mark.parametrize("options, message", BAD, ids=[m for _, m in BAD])
+def test_bad_input_is_refused(engine, options, message):
+    options = {"prompt": PROMPT, "max_tokens": 8, **options}
+    with pytest.raises(ValueError, match=message):
+        engine.submit(options.pop("prompt"), outbox=Outbox(), **options)
+    assert engine.stats()["submitted"] == 0
+
+
+def test_what_cannot_fit_the_pool_is_refused():
+    with fake_engine(pages=3, max_len=256) as e:
+        assert e.generate([1] * 32, max_tokens=65, ignore_eos=True).num_output_tokens == 65  # the last token needs no place
+        with pytest.raises(ValueError, match="prompt of 32 tokens and max_tokens 66 need 4 KV pages; the pool has 3"):
+            e.generate([1] * 32, max_tokens=66)
+
+
+def test_prompts_of_many_kinds(engine):
+    want = engine.generate(PROMPT, max_tokens=5, seed=1).token_ids.tolist()
+    for prompt in (tuple(PROMPT), np.array(PROMPT), np.array(PROMPT, np.uint8), np.arange(5, 11)[:3]):
+        assert engine.generate(prompt, max_tokens=5, seed=1).token_ids.tolist() == want
+
+
+def test_queue_is_bounded():
+    with slow(slots=2, queue=3, step_us=20000) as e:
+        box = Outbox()
+        uids = [e.submit(PROMPT, outbox=box, max_tokens=20, ignore_eos=True) for _ in range(5)]
+        with pytest.raises(QueueFull, match="5 requests are alive; expected at most 5"):
+            e.submit(PROMPT, outbox=box)
+        assert issubclass(QueueFull, RuntimeError) and e.stats()["refused"] == 1
+        e.cancel(uids[4])
+        drain(box, [uids[4]])
+        e.submit(PROMPT, outbox=box, max_tokens=1)
+
+
+# ---- cancel, failures, the end -----------------------------------------------------------------------------------------
+
+
+def test_cancel_in_every_place():
+    with slow(slots=1, max_len=256, pages=8, prefill_tokens=4) as e:
+        box = Outbox()
+        decoding = e.submit(PROMPT, outbox=box, max_tokens=200, ignore_eos=True, seed=2)
+        queued = e.submit(PROMPT, outbox=box, max_tokens=10)
+        got = []
+        while len(got) < 5:
+            got += [t for c in box.poll(5) for t in c.token_ids]
+        assert e.cancel(queued) and e.cancel(decoding)
+        ends = drain(box, [queued, decoding])
+        assert ends[queued][-1].finish_reason == "cancelled" and ends[queued][-1].num_output_tokens == 0
+        got += [t for c in ends[decoding] for t in c.token_ids]
+        assert got == expected(PROMPT, 200, 2, eos=())[0][: len(got)] and ends[decoding][-1].num_output_tokens == len(got)
+        prefilling = e.submit([1] * 200, outbox=box, max_tokens=10)
+        time.sleep(0.02)
+        assert e.cancel(prefilling)
+        (chunk,) = drain(box, [prefilling])[prefilling]
+        assert chunk.finish_reason == "cancelled" and chunk.num_output_tokens == 0
+        assert not e.cancel(prefilling) and not e.cancel(0)
+        stats = e.stats()
+        assert stats["free_pages"] == 8 and stats["running"] == 0 and stats["finished"]["cancelled"] == 3
+
+
+@pytest.mark.parametrize("how", ["close", "with", "del", "break"])
+def test_leaving_a_stream_cancels(how):
+    with slow() as e:
+        stream = e.stream(PROMPT, max_tokens=200, ignore_eos=True)
+        if how == "with":
+            with stream:
+                next(stream)
+        elif how == "break":
+            for _ in stream:
+                break
+        else:
+            next(stream)
+        if how == "close":
+            stream.close()
+            assert list(stream) == []
+        del stream
+        gc.collect()
+        deadline = time.monotonic() + 2
+        while e.stats()["finished"]["cancelled"] == 0 and time.monotonic() < deadline:
+            time.sleep(0.002)
+        assert e.stats()["finished"]["cancelled"] == 1
+
+
+@pytest.mark.parametrize("how", ["fail_launch", "fail_collect"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_failing_device_answers_everyone(how, depth):
+    with slow(slots=2, queue=4, depth=depth, **{how: 5}) as e:
+        box = Outbox()
+        uids = [e.submit([i], outbox=box, max_tokens=50, ignore_eos=True) for i in range(1, 6)]
+        for chunks in drain(box, uids).values():
+            assert chunks[-1].finish_reason == "error" and "fake: " + how[5:] in chunks[-1].error
+        with pytest.raises(DeviceError, match="the engine has failed: fake"):
+            e.submit(PROMPT, outbox=box)
+        assert "fake" in e.stats()["error"] and e.stats()["finished"]["error"] == 5
+        assert not e.cancel(uids[0])
+        with pytest.raises(DeviceError):
+            e.generate(PROMPT)
+
+
+def test_generate_raises_when_the_device_fails():
+    with slow(fail_collect=3) as e, pytest.raises(DeviceError, match="fake: collect failed"):
+        e.generate(PROMPT, max_tokens=50, ignore_eos=True)
+
+
+def test_close_cancels():
+    e, box = slow(slots=1), Outbox()
+    uids = [e.submit(PROMPT, outbox=box, max_tokens=200, ignore_eos=True) for _ in range(3)]
+    e.close()
+    assert all(c[-1].finish_reason == "cancelled" for c in drain(box, uids).values())
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        e.submit(PROMPT, outbox=box)
+    e.close()
+    assert not e.cancel(uids[0]) and e.stats()["running"] == 0
+
+
+def test_close_drains():
+    e, box = slow(slots=1), Outbox()
+    uids = [e.submit(PROMPT, outbox=box, max_tokens=10, ignore_eos=True) for _ in range(3)]
+    closer = threading.Thread(target=e.close, args=(20,))
+    closer.start()
+    time.sleep(0.02)
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        e.submit(PROMPT, outbox=box)
+    assert all(c[-1].finish_reason == "length" for c in drain(box, uids).values())
+    closer.join(5)
+    assert not closer.is_alive()
+
+
+def test_close_drains_for_so_long():
+    e, box = slow(), Outbox()
+    uid = e.submit(PROMPT, outbox=box, max_tokens=250, ignore_eos=True)
+    start = time.monotonic()
+    e.close(0.1)
+    assert 0.1 <= time.monotonic() - start < 0.6
+    assert drain(box, [uid])[uid][-1].finish_reason == "cancelled"
+
+
+# ---- threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_many_python_threads():
+    with fake_engine(slots=8, queue=64, pages=24, max_len=200, depth=2) as e:
+        failures = []
+
+        def work(n):
+            try:
+                for i in range(25):
+                    seed = n * 1000 + i
+                    prompt = [1 + (n + i) % 60] * (1 + (7 * i + n) % 90)
+                    want, finish = expected(prompt, 40, seed)
+                    if i % 3 == 0:
+                        chunks = list(e.stream(prompt, max_tokens=40, seed=seed))
+                        got, end = [t for c in chunks for t in c.token_ids.tolist()], chunks[-1].finish_reason
+                    elif i % 7 == 0:
+                        with e.stream(prompt, max_tokens=40, seed=seed) as stream:
+                            got, end = next(stream).token_ids.tolist(), finish
+                        want = want[: len(got)]
+                    else:
+                        r = e.generate(prompt, max_tokens=40, seed=seed)
+                        got, end = r.token_ids.tolist(), r.finish_reason
+                    if (got, end) != (want, finish):
+                        failures.append((prompt, seed))
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(n,)) for n in range(16)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(60)
+        assert not failures and not any(t.is_alive() for t in threads)
+
+
+def test_waiting_holds_no_gil():
+    with slow(step_us=200_000) as e:
+        done = threading.Event()
+        thread = threading.Thread(target=lambda: (e.generate(PROMPT, max_tokens=2, ignore_eos=True), done.set()))
+        start, count = time.monotonic(), 0
+        thread.start()
+        while not done.is_set():
+            count += 1
+            time.sleep(0.001)
+        assert count > 100 and time.monotonic() - start >= 0.4
+        thread.join()
+
+
+def test_outbox_poll_and_close():
+    box = Outbox()
+    start = time.monotonic()
+    assert box.poll(0) == [] and box.poll(0.15) == [] and 0.15 <= time.monotonic() - start < 1
+    result = []
+    thread = threading.Thread(target=lambda: result.append(box.poll()))
+    thread.start()
+    time.sleep(0.05)
+    assert thread.is_alive() and not box.closed
+    box.close()
+    thread.join(2)
+    assert result == [[]] and box.closed and box.poll() == []
+
+
+def test_ctrl_c_interrupts_a_wait():
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        Outbox().poll(30)
+    assert time.monotonic() - start < 2
+
+
+def test_process_ends_with_a_running_engine():
+    import subprocess
+    import sys
+
+    code = """
+from fake_model import fake_engine
+from codefuse_triton import Outbox
+e, box = fake_engine(step_us=1000, max_len=4096, pages=200), Outbox()
+e.submit([1], outbox=box, max_tokens=4000, ignore_eos=True)
+s = e.stream([1], max_tokens=4000, ignore_eos=True)
+next(s)
+"""
+    r = subprocess.run([sys.executable, "-c", code], cwd=os.path.dirname(__file__), capture_output=True, timeout=20, text=True)
+    assert (r.returncode, r.stderr) == (0, "")
+
+
+def test_stats(engine):
+    engine.generate(PROMPT, max_tokens=10, ignore_eos=True)
+    s = engine.stats()
+    assert (s["slots"], s["queue"], s["pages"], s["free_pages"], s["page_tokens"]) == (4, 16, 32, 32, 32)
+    assert (s["steps"], s["prefill_tokens"], s["decode_tokens"], s["wasted_rows"], s["preemptions"]) == (10, 3, 10, 0, 0)
+    assert (s["submitted"], s["refused"], s["running"], s["waiting"], s["error"]) == (1, 0, 0, 0, "")
+    assert s["finished"] == {"eos": 0, "stop": 0, "length": 1, "cancelled": 0, "error": 0} and s["step_s"] > 0

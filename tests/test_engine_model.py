@@ -1,0 +1,151 @@
+"""The engine with real weights on the CPU: transformers' tokens, whatever else runs and however the pages are short."""
+import json
+import random
+
+import numpy as np
+import pytest
+from codefuse_triton import Engine, LoadError, Vocab, _native
+
+torch = pytest.importorskip("torch")
+from helpers import make_neox  # noqa: E402
+
+MAX_LEN, PAGE_BYTES = 160, 2 * 2 * 32 * 96 * 4  # K and V, layers, tokens, kv_heads * head_dim, float32
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny")
+    model, native = make_neox(path)
+    return model, native
+
+
+def load(directory, pages=20, depth=0, **options) -> Engine:
+    native = _native.Engine(str(directory), [bytes([33 + i % 90]) for i in range(131)], device="cpu", kv_bytes=pages * PAGE_BYTES, depth=depth, threads=2, **options)
+    return Engine._of(native, Vocab.none(str(directory)))
+
+
+def prompts(n, longest=100):
+    rng = random.Random(11)
+    return [[rng.randrange(3, 131) for _ in range(rng.choice([1, 2, 31, 32, 33, rng.randint(3, longest)]))] for _ in range(n)]
+
+
+def reference(model, prompt, n):
+    with torch.no_grad():
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return out[0, len(prompt):].tolist()
+
+
+def run_together(engine, requests):
+    """Results of requests submitted at once, in order."""
+    import threading
+
+    out = [None] * len(requests)
+
+    def one(i):
+        prompt, options = requests[i]
+        out[i] = engine.generate(prompt, ignore_eos=True, logprobs=True, **options)
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(len(requests))]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    return out
+
+
+def test_greedy_equals_transformers(tiny):
+    model, directory = tiny
+    with load(directory, slots=4) as engine:
+        for prompt, result in zip(prompts(8), run_together(engine, [(p, {"max_tokens": 40}) for p in prompts(8)])):
+            assert result.token_ids.tolist() == reference(model, prompt, 40)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny):
+    """Requests and their results, each run by itself: greedy and sampled."""
+    requests = []
+    for i, p in enumerate(prompts(12)):
+        options = {"max_tokens": min(50 + 3 * i, MAX_LEN - len(p)), "seed": i}
+        requests.append((p, options if i % 2 else {**options, "temperature": 0.9, "top_k": 40, "top_p": 0.95}))
+    with load(tiny[1]) as engine:
+        return requests, [engine.generate(p, ignore_eos=True, logprobs=True, **o) for p, o in requests]
+
+
+VARIANTS = {
+    "together": dict(slots=16, pages=80),
+    "two steps in flight": dict(slots=16, pages=80, depth=2),
+    "prompts in chunks of 5": dict(slots=4, prefill_tokens=5),
+    "preempted": dict(slots=8, pages=7),
+    "preempted, two steps in flight": dict(slots=8, pages=7, depth=2, prefill_tokens=17),
+    "two ranks": dict(slots=8, pages=40, tensor_parallel=2),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_results_do_not_depend_on_company(tiny, alone, variant):
+    requests, want = alone
+    with load(tiny[1], **VARIANTS[variant]) as engine:
+        got = run_together(engine, requests)
+        if "preempted" in variant:
+            assert engine.stats()["preemptions"] > 0
+        assert engine.stats()["free_pages"] == engine.stats()["pages"]
+    for w, g in zip(want, got):
+        assert g.token_ids.tolist() == w.token_ids.tolist()
+        if "ranks" in variant:  # sums over heads are split
+            np.testing.assert_allclose(g.logprobs, w.logprobs, atol=1e-4)
+        else:
+            assert g.logprobs.tobytes() == w.logprobs.tobytes()
+
+
+def test_logprobs_are_the_model_s(tiny):
+    model, directory = tiny
+    prompt = prompts(3)[2]
+    with load(directory) as engine:
+        r = engine.generate(prompt, max_tokens=20, ignore_eos=True, logprobs=True, temperature=0.7, seed=1)
+    ids = torch.tensor([prompt + r.token_ids.tolist()])
+    with torch.no_grad():
+        logp = torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1].float(), -1)
+    want = logp[torch.arange(20), torch.tensor(r.token_ids.tolist())].numpy()
+    np.testing.assert_allclose(r.logprobs, want, atol=2e-4)
+    assert r.cum_logprob == pytest.approx(float(want.sum()), abs=2e-3)
+
+
+def test_engine_with_a_tokenizer(tiny, tmp_path):
+    import shutil
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    directory = tmp_path / "weights"
+    shutil.copytree(tiny[1], directory)
+    assert Engine(directory, device="cpu").generate([5], max_tokens=2, ignore_eos=True).text == ""  # no tokenizer: ids only
+    t = Tokenizer(models.BPE())
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:125]
+    t.train_from_iterator(["def f(x): return x"] * 9, trainers.BpeTrainer(vocab_size=131, initial_alphabet=alphabet, special_tokens=["<a>", "<b>", "<eos>"], show_progress=False))
+    t.save(str(directory / "tokenizer.json"))
+    with Engine(directory, max_len=100, slots=2, device="cpu") as engine:
+        assert engine.device == "cpu" and engine.dtype == "float32" and engine.max_len == 100
+        assert engine.config == json.loads((directory / "config.json").read_text()) and engine.vocab.eos_ids == [2]
+        result = engine.generate("def f", max_tokens=30, ignore_eos=True)
+        assert result.text == engine.vocab.decode(result.token_ids).decode("utf-8", "replace")
+        assert "".join(c.text.decode("utf-8", "replace") for c in engine.stream(b"def f", max_tokens=30, ignore_eos=True)) == result.text
+        with pytest.raises(ValueError, match="max_tokens is 100; expected at most 9[0-9]"):
+            engine.generate("def f", max_tokens=100)
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(slots=0), "slots is 0"), (dict(slots=65), "slots is 65"), (dict(queue=-1), "queue is -1"), (dict(max_len=161), "max_len is 161"),
+    (dict(dtype="float8"), "float8"), (dict(dtype="float16"), "float16"), (dict(device="tpu"), "tpu"), (dict(prefill_tokens=0), "prefill"),
+    (dict(tensor_parallel=0), "tensor_parallel is 0"), (dict(kv_memory_mb=-1), "kv_"), (dict(threads=-1), "threads is -1"),
+])
+def test_bad_options_are_refused(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(tiny[1], **{"device": "cpu", **options})
+
+
+def test_what_cannot_be_loaded(tiny, tmp_path):
+    with pytest.raises(LoadError, match="no such directory"):
+        Engine(tmp_path / "nowhere")
+    with pytest.raises(LoadError, match="config.json"):
+        Engine(tmp_path)
