@@ -194,6 +194,15 @@ class GeneratorModel:
         self._service.close()
 
 
+def _valid_utf8(text: bytes) -> bytes:
+    """A model may emit bytes that are no text; Triton would copy them into JSON as they are."""
+    try:
+        text.decode()
+        return text
+    except UnicodeDecodeError:
+        return text.decode(errors="replace").encode()
+
+
 class DetokenizerModel:
     def initialize(self, args: dict[str, str]) -> None:
         self._bytes = Vocab.load(_tokenizer_dir(args, _settings(contract.DETOKENIZER, args))).token_bytes
@@ -221,7 +230,7 @@ class DetokenizerModel:
     def _outputs(self, chunk: dict[str, Any], index: int, last: bool) -> list[Any]:
         ids = chunk["output_ids"].as_numpy().reshape(-1)
         start, size = (int(chunk[name].as_numpy().reshape(-1)[0]) for name in ("text_start", "text_bytes"))
-        text = b"".join([self._bytes[i] for i in ids])[start:start + size]
+        text = _valid_utf8(b"".join([self._bytes[i] for i in ids])[start:start + size])
         if "echo" in chunk:
             text = chunk["echo"].as_numpy().reshape(-1)[0] + text
         # [1], not [1, 1]: clients of tensorrtllm_backend read as_numpy("text_output")[0]

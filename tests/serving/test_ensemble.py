@@ -1,0 +1,165 @@
+"""Text through the whole path: plain tritonclient, our client, HTTP; streams, order, Unicode, options."""
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+
+import numpy as np
+import pytest
+from codefuse_triton_client import AsyncClient, Client, Result
+from serving_helpers import PROMPT, PlainStream, generate, generate_stream, post, tensor
+
+from codefuse_triton.triton_server import TritonServer
+
+PROMPTS = [f"def function_{i}(self, value):\n" for i in range(24)]
+# Sampled hot, the model writes single bytes of characters, characters of every length and ill-formed text.
+WILD = dict(temperature=8.0, seed=5, max_tokens=200, ignore_eos=True)
+
+
+def inputs(prompt: str, max_tokens: int, stream: bool) -> list:
+    """What tensorrtllm_backend's end_to_end_grpc_client.py sends."""
+    return [tensor("text_input", "BYTES", [prompt.encode()]), tensor("max_tokens", "INT32", [max_tokens]),
+            tensor("bad_words", "BYTES", [b""]), tensor("stop_words", "BYTES", [b""]), tensor("stream", "BOOL", [stream]),
+            tensor("beam_width", "INT32", [1]), tensor("temperature", "FP32", [0.0]), tensor("end_id", "INT32", [-1]),
+            tensor("pad_id", "INT32", [0]), tensor("repetition_penalty", "FP32", [1.0]),
+            tensor("presence_penalty", "FP32", [0.0]), tensor("random_seed", "UINT64", [1])]
+
+
+def test_plain_tritonclient(server: TritonServer) -> None:
+    stream = PlainStream(server, "ensemble", inputs(PROMPT, 24, True), request_id="42")
+    results = list(stream)
+    stream.close()
+    text = "".join(r.as_numpy("text_output")[0].decode() for r in results)
+    assert len(results) > 4 and text
+    assert [r.as_numpy("chunk_index")[0][0] for r in results] == list(range(len(results)))
+    assert all(r.as_numpy("batch_index")[0][0] == 0 and r.as_numpy("sequence_index")[0][0] == 0 for r in results)
+    assert all(r.get_response().id == "42" for r in results)
+    assert results[-1].as_numpy("finish_reason")[0][0] == b"length"
+    assert results[-1].as_numpy("num_output_tokens")[0][0] == 24
+    whole = PlainStream(server, "ensemble", inputs(PROMPT, 24, False))
+    (only,) = list(whole)
+    whole.close()
+    assert only.as_numpy("text_output")[0].decode() == text
+
+
+def test_direct_generator(server: TritonServer) -> None:
+    ids = list(range(300, 320))
+    stream = PlainStream(server, "generator", [tensor("input_ids", "INT32", ids), tensor("max_tokens", "INT32", [8]),
+                                               tensor("stream", "BOOL", [True]), tensor("return_log_probs", "BOOL", [True])])
+    results = list(stream)
+    stream.close()
+    tokens = np.concatenate([r.as_numpy("output_ids").reshape(-1) for r in results])
+    log_probs = np.concatenate([r.as_numpy("output_log_probs").reshape(-1) for r in results])
+    assert len(tokens) == len(log_probs) == results[-1].as_numpy("num_output_tokens")[0][0] == 8
+    assert (log_probs <= 0).all() and log_probs.sum() == pytest.approx(results[-1].as_numpy("cum_log_probs")[0][0], abs=1e-4)
+    assert len({r.as_numpy("uid")[0][0] for r in results}) == 1
+    assert results[-1].as_numpy("error")[0][0] == b"" and results[-1].as_numpy("num_input_tokens")[0][0] == len(ids)
+
+
+def test_our_client(client: Client) -> None:
+    with client.stream(PROMPT, max_tokens=32, logprobs=True) as stream:
+        chunks = list(stream)
+    result = stream.result
+    assert result.text == "".join(c.text for c in chunks) and len(chunks) > 4
+    assert [c.index for c in chunks] == list(range(len(chunks)))
+    assert result.finish_reason == "length" and result.num_output_tokens == 32 == len(result.log_probs)
+    assert result.cum_log_prob == pytest.approx(sum(result.log_probs), abs=1e-3)
+    assert result.num_input_tokens > 3
+    assert 0 < result.timings.prefill_s + result.timings.decode_s < result.timings.total_s
+    assert 0 < result.timings.first_chunk_s < result.timings.total_s
+    assert client.complete(PROMPT, max_tokens=32).text == result.text
+    assert client.is_ready()
+
+
+def test_asyncio_client(server: TritonServer, client: Client) -> None:
+    async def run() -> list[Result]:
+        async with AsyncClient(server.grpc_url) as aio:
+            async with aio.stream(PROMPT, max_tokens=16) as stream:
+                text = "".join([chunk.text async for chunk in stream])
+            assert text == stream.result.text
+            return [stream.result, *await asyncio.gather(*(aio.complete(p, max_tokens=16) for p in PROMPTS[:4]))]
+
+    results = asyncio.run(run())
+    assert [r.text for r in results] == [client.complete(p, max_tokens=16).text for p in (PROMPT, *PROMPTS[:4])]
+
+
+def test_concurrent_streams_keep_order_and_text(server: TritonServer, client: Client) -> None:
+    """More streams than slots; the client refuses a chunk out of order."""
+    alone = [client.complete(prompt, max_tokens=20).text for prompt in PROMPTS]
+    texts: dict[int, str] = {}
+
+    def run(i: int) -> None:
+        with client.stream(PROMPTS[i], max_tokens=20) as stream:
+            texts[i] = "".join(chunk.text for chunk in stream)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(PROMPTS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [texts.get(i) for i in range(len(PROMPTS))] == alone
+
+
+@pytest.mark.parametrize("prompt", ["s = 'żółw 漢字 🐢👩\u200d💻'\n", "# naïve café\n"])
+def test_streamed_text_is_the_whole_text(server: TritonServer, client: Client, prompt: str) -> None:
+    whole = client.complete(prompt, **WILD)
+    chunks = list(client.stream(prompt, **WILD))
+    assert "".join(c.text for c in chunks) == whole.text
+    assert any(ord(c) > 127 for c in whole.text)
+    fields = dict(text_input=prompt, **WILD)
+    assert generate(server, **fields)["text_output"] == whole.text
+    assert "".join(r["text_output"] for r in generate_stream(server, **fields)) == whole.text
+
+
+@pytest.mark.parametrize("prompt", ["s = 'żółw 漢字 🐢👩\u200d💻'\n", "\x00\x01\r\n\t", "é" * 300])
+def test_the_prompt_is_echoed_byte_for_byte(client: Client, prompt: str) -> None:
+    plain = client.complete(prompt, max_tokens=6)
+    assert client.complete(prompt, max_tokens=6, exclude_input=False).text == prompt + plain.text
+    assert "".join(c.text for c in client.stream(prompt, max_tokens=6, exclude_input=False)) == prompt + plain.text
+
+
+def test_http(server: TritonServer) -> None:
+    whole = generate(server, text_input=PROMPT, max_tokens=16)
+    assert whole["num_output_tokens"] == 16 and whole["finish_reason"] == "length"
+    events = generate_stream(server, text_input=PROMPT, max_tokens=16)
+    assert [e["chunk_index"] for e in events] == list(range(len(events))) and len(events) > 4
+    assert "".join(e["text_output"] for e in events) == whole["text_output"]
+
+
+def test_options_as_tensors_parameters_and_json(server: TritonServer, client: Client) -> None:
+    sampled = client.complete(PROMPT, max_tokens=12, temperature=0.9, top_k=40, top_p=0.9, seed=7).text
+    assert sampled != client.complete(PROMPT, max_tokens=12, temperature=0.9, top_k=40, top_p=0.9, seed=8).text
+    as_json = json.dumps({"max_tokens": "12", "temperature": 0.9, "top_k": 40, "top_p": "0.9", "seed": 7, "n": 1})
+    assert client.complete(PROMPT, sampling_parameters=as_json).text == sampled
+    stream = PlainStream(server, "ensemble", [tensor("text_input", "BYTES", [PROMPT.encode()])],
+                         parameters={"max_tokens": 12, "temperature": "0.9", "top_k": 40, "top_p": "0.9", "seed": 7})
+    (only,) = list(stream)
+    stream.close()
+    assert only.as_numpy("text_output")[0].decode() == sampled
+
+
+def test_stop_strings(client: Client) -> None:
+    whole = client.complete(PROMPT, max_tokens=48).text
+    stop = whole[len(whole) // 2:][:3]
+    cut = whole.index(stop)
+    result = client.complete(PROMPT, max_tokens=48, stop=["\x00never", stop])
+    assert (result.text, result.finish_reason, result.stop_reason) == (whole[:cut], "stop", stop)
+    assert client.complete(PROMPT, max_tokens=48, stop=stop, include_stop=True).text == whole[:cut] + stop
+    assert "".join(c.text for c in client.stream(PROMPT, max_tokens=48, stop=stop)) == whole[:cut]
+
+
+def test_end_tokens(server: TritonServer, client: Client) -> None:
+    stream = PlainStream(server, "generator", [tensor("input_ids", "INT32", [400, 401]), tensor("max_tokens", "INT32", [6])])
+    (result,) = list(stream)
+    stream.close()
+    tokens = result.as_numpy("output_ids").reshape(-1).tolist()
+    for name in ("end_id", "stop_token_ids"):
+        stream = PlainStream(server, "generator", [tensor("input_ids", "INT32", [400, 401]), tensor("max_tokens", "INT32", [6]),
+                                                   tensor(name, "INT32", [tokens[2]])])
+        (ended,) = list(stream)
+        stream.close()
+        assert ended.as_numpy("finish_reason")[0][0] == b"eos"
+        assert ended.as_numpy("output_ids").reshape(-1).tolist() == tokens[:tokens.index(tokens[2])]
+
+
