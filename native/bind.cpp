@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <pybind11/typing.h>
 
 #include <algorithm>
 #include <limits>
@@ -25,13 +26,15 @@ py::array_t<T> to_array(const std::vector<T>& v) {
   return py::array_t<T>(py::ssize_t(v.size()), v.data());
 }
 
+std::vector<std::string> to_strings(const std::vector<py::bytes>& v) { return {v.begin(), v.end()}; }
+
 uint64_t random_seed() {
   std::random_device device;
   return uint64_t(device()) << 32 | device();
 }
 
 // A wait of the main thread is cut into slices so that Ctrl-C is seen.
-py::list poll(Outbox& box, std::optional<double> timeout_s) {
+py::typing::List<Output> poll(Outbox& box, std::optional<double> timeout_s) {
   static const auto main_thread = py::module_::import("threading").attr("main_thread")().attr("ident").cast<unsigned long>();
   const double forever = std::numeric_limits<double>::infinity();
   const double slice = PyThread_get_thread_ident() == main_thread ? 0.1 : forever;
@@ -47,17 +50,17 @@ py::list poll(Outbox& box, std::optional<double> timeout_s) {
     if (!outputs.empty() || box.closed() || !(left > 0)) break;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
   }
-  py::list out;
+  py::typing::List<Output> out;
   for (Output& o : outputs) out.append(py::cast(std::move(o)));
   return out;
 }
 
-py::dict stats(const Engine& engine) {
+py::typing::Dict<py::str, py::object> stats(const Engine& engine) {
   const EngineStats s = engine.stats();
   py::dict finished;
   for (Finish f : {Finish::eos, Finish::stop, Finish::length, Finish::cancelled, Finish::error})
     finished[name_of(f)] = s.finished[size_t(f)];
-  py::dict d;
+  py::typing::Dict<py::str, py::object> d;
   d["running"] = s.running;
   d["waiting"] = s.waiting;
   d["slots"] = s.slots;
@@ -78,9 +81,9 @@ py::dict stats(const Engine& engine) {
   return d;
 }
 
-std::unique_ptr<Engine> make_engine(const std::string& weights, TokenBytes token_bytes, const std::string& device, const std::string& dtype,
-                                    int tensor_parallel, int slots, int prefill_tokens, int max_len, int64_t kv_bytes, int queue,
-                                    int threads, int depth) {
+std::unique_ptr<Engine> make_engine(const std::string& weights, const std::vector<py::bytes>& token_bytes, const std::string& device,
+                                    const std::string& dtype, int tensor_parallel, int slots, int prefill_tokens, int max_len, int64_t kv_bytes,
+                                    int queue, int threads, int depth) {
   RunnerOptions options;
   options.weights = weights;
   options.device = device;
@@ -91,17 +94,19 @@ std::unique_ptr<Engine> make_engine(const std::string& weights, TokenBytes token
   options.max_len = max_len;
   options.kv_bytes = kv_bytes;
   options.threads = threads;
-  return std::make_unique<Engine>(load_runner(options), std::move(token_bytes), EngineOptions{prefill_tokens, queue, depth});
+  TokenBytes table = to_strings(token_bytes);
+  py::gil_scoped_release unlocked;
+  return std::make_unique<Engine>(load_runner(options), std::move(table), EngineOptions{prefill_tokens, queue, depth});
 }
 
 int64_t submit(Engine& engine, std::vector<int32_t> prompt, std::shared_ptr<Outbox> outbox, int max_tokens, float temperature, int top_k,
-               float top_p, float min_p, std::optional<uint64_t> seed, std::vector<std::string> stop, bool include_stop,
+               float top_p, float min_p, std::optional<uint64_t> seed, const std::vector<py::bytes>& stop, bool include_stop,
                std::vector<int32_t> eos_ids, int min_tokens, bool stream, bool logprobs) {
   Request r;
   r.prompt = std::move(prompt);
   r.max_tokens = max_tokens;
   r.sample = {temperature, top_k, top_p, min_p, seed ? *seed : random_seed()};
-  r.stop = std::move(stop);
+  r.stop = to_strings(stop);
   r.include_stop = include_stop;
   r.eos_ids = std::move(eos_ids);
   r.min_tokens = min_tokens;
@@ -140,7 +145,7 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("text_start", [](const Output&) { return 0; })
       .def_property_readonly("text_bytes", [](const Output& o) { return o.text.size(); })
       .def_property_readonly("finish_reason", [](const Output& o) { return name_of(o.finish); })
-      .def_property_readonly("stop_reason", [](const Output& o) { return py::bytes(o.stop).attr("decode")("utf-8", "replace"); })
+      .def_property_readonly("stop_reason", [](const Output& o) { return py::str(py::bytes(o.stop).attr("decode")("utf-8", "replace")); })
       .def_readonly("error", &Output::error)
       .def_readonly("num_input_tokens", &Output::input_tokens)
       .def_readonly("num_output_tokens", &Output::output_tokens)
@@ -163,11 +168,10 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Engine>(m, "Engine", "The engine on token ids and bytes; codefuse_triton.Engine wraps it.")
       .def(py::init(&make_engine), py::arg("weights"), py::arg("token_bytes"), py::kw_only(), py::arg("device") = "auto",
            py::arg("dtype") = "auto", py::arg("tensor_parallel") = 1, py::arg("slots") = 16, py::arg("prefill_tokens") = 512,
-           py::arg("max_len") = 0, py::arg("kv_bytes") = 0, py::arg("queue") = 256, py::arg("threads") = 0, py::arg("depth") = 0,
-           py::call_guard<py::gil_scoped_release>())
+           py::arg("max_len") = 0, py::arg("kv_bytes") = 0, py::arg("queue") = 256, py::arg("threads") = 0, py::arg("depth") = 0)
       .def("submit", &submit, py::arg("prompt"), py::arg("outbox"), py::kw_only(), py::arg("max_tokens") = 128,
            py::arg("temperature") = 0.0, py::arg("top_k") = 0, py::arg("top_p") = 1.0, py::arg("min_p") = 0.0,
-           py::arg("seed") = py::none(), py::arg("stop") = std::vector<std::string>(), py::arg("include_stop") = false,
+           py::arg("seed") = py::none(), py::arg("stop") = py::typing::List<py::bytes>(), py::arg("include_stop") = false,
            py::arg("eos_ids") = std::vector<int32_t>(), py::arg("min_tokens") = 0, py::arg("stream") = true, py::arg("logprobs") = false,
            "Uid of the new request; its chunks go to outbox.")
       .def("cancel", &Engine::cancel, py::arg("uid"), py::call_guard<py::gil_scoped_release>(),

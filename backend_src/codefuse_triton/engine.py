@@ -149,8 +149,6 @@ class Engine:
 
         ValueError names field, value and limit; QueueFull; DeviceError once the device has failed.
         """
-        if isinstance(stop, (str, bytes)):
-            stop = (stop,)
         if seed is not None and not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}; expected 0..{2**64 - 1}")
         for name, value in (("max_tokens", max_tokens), ("min_tokens", min_tokens), ("top_k", top_k)):
@@ -158,7 +156,7 @@ class Engine:
                 raise ValueError(f"{name} is {value}; expected less than {2**31}")
         eos = [] if ignore_eos else self._eos_ids if eos_ids is None else list(eos_ids)
         return self._native.submit(self._ids(prompt), outbox, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                                   min_p=min_p, seed=seed, stop=list(stop), include_stop=include_stop, eos_ids=eos, min_tokens=min_tokens,
+                                   min_p=min_p, seed=seed, stop=_stop_bytes(stop), include_stop=include_stop, eos_ids=eos, min_tokens=min_tokens,
                                    stream=stream, logprobs=logprobs)
 
     def stream(self, prompt: Prompt, **options: Any) -> Stream:
@@ -192,6 +190,14 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _stop_bytes(stop: Sequence[str | bytes] | str | bytes) -> list[bytes]:
+    stops: Sequence[str | bytes] = (stop,) if isinstance(stop, (str, bytes)) else stop
+    for i, s in enumerate(stops):
+        if isinstance(s, str) and any("\ud800" <= c <= "\udfff" for c in s):
+            raise ValueError(f"stop[{i}] has a lone surrogate")
+    return [s.encode() if isinstance(s, str) else bytes(s) for s in stops]
 
 
 _open: weakref.WeakSet[Engine] = weakref.WeakSet()
