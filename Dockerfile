@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 #   docker build -t codefuse-triton .
-#   docker run --rm --gpus=all --shm-size=1g -p 8000:8000 -p 8001:8001 -v /data/my-weights:/weights:ro codefuse-triton
+#   docker run --rm --stop-timeout=40 --gpus=all --shm-size=1g -p 8000:8000 -p 8001:8001 -v /data/my-weights:/weights:ro codefuse-triton
 # Without a volume at /weights it serves the demo model; without --gpus it serves on the CPU.
 
 # The base's Python (3.12, Ubuntu 24.04) and CUDA major version (13) must be those of the build image. The oldest toolkit of a
@@ -48,4 +48,6 @@ EXPOSE 8000 8001 8002
 # A server whose model process has died still says it is ready: only a real completion shows that it works.
 HEALTHCHECK --interval=30s --timeout=20s --start-period=300s --retries=3 \
   CMD ["python3", "-c", "import urllib.request as r; r.urlopen(r.Request('http://127.0.0.1:8000/v2/models/ensemble/generate', b'{\"text_input\": \"#\", \"max_tokens\": 1}'), timeout=15).read()"]
-CMD ["tritonserver", "--model-repository=model_repository", "--disable-auto-complete-config", "--exit-timeout-secs=30"]
+# Starts the image's tritonserver; on SIGTERM it lets running requests finish before it stops.
+STOPSIGNAL SIGTERM
+CMD ["python3", "tools/serve.py", "--host=0.0.0.0", "--log=/dev/stdout", "--drain=20"]

@@ -240,6 +240,8 @@ class TritonServer:
 
     def failures(self) -> str:
         """Why models did not load, from the log; its last lines if it does not say."""
+        if not self.log.is_file():  # a terminal or a pipe, such as /dev/stdout
+            return f"the log went to {self.log}"
         text = self.log.read_text(errors="replace")
         reasons = re.findall(r"failed to load (?:model )?'(\w+)'(?: version \d+)?: (.*)", text)
         if reasons:
