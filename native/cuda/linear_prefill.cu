@@ -29,9 +29,10 @@ __global__ void __launch_bounds__(256, 2) gemm(const uint8_t* __restrict__ w, co
   const uint8_t* w_from = w + threadIdx.x * 16;
   const uint8_t* x_from = x + (token0 + threadIdx.x / 8) * row_bytes + threadIdx.x % 8 * 16;
   const int tokens_left = tokens - token0 - int(threadIdx.x / 8), x_to = kWBytes + threadIdx.x / 8 * kXStride + threadIdx.x % 8 * 16;
-  auto fetch = [&](int step) {
-    if (step < steps) {
-      uint8_t* stage = smem + step % STAGES * kStageBytes;
+  int fetched = 0, fill = 0;  // chunks asked for, and the stage of the next
+  auto fetch = [&] {
+    if (fetched++ < steps) {
+      uint8_t* stage = smem + fill * kStageBytes;
 #pragma unroll
       for (int i = 0; i < kWBytes / 4096; ++i) copy16(stage + threadIdx.x * 16 + i * 4096, w_from + i * 4096);
 #pragma unroll
@@ -39,17 +40,19 @@ __global__ void __launch_bounds__(256, 2) gemm(const uint8_t* __restrict__ w, co
     }
     w_from += kChunkBytes;
     x_from += kChunkCols * 2;
+    fill = fill + 1 == STAGES ? 0 : fill + 1;
     copy_commit();
   };
 
   float acc[4][4][4] = {};  // [row tile][group of 8 rows of x]
 #pragma unroll
-  for (int s = 0; s < STAGES - 1; ++s) fetch(s);
-  for (int step = 0; step < steps; ++step) {
+  for (int s = 0; s < STAGES - 1; ++s) fetch();
+  for (int step = 0, at = 0; step < steps; ++step) {
     copy_wait<STAGES - 2>();
     __syncthreads();
-    fetch(step + STAGES - 1);
-    const uint8_t* stage = smem + step % STAGES * kStageBytes;
+    fetch();
+    const uint8_t* stage = smem + at * kStageBytes;
+    at = at + 1 == STAGES ? 0 : at + 1;
     const uint8_t* ws = stage + row_warp * 4 * kRowTileBytes + lane * 16;
     const uint8_t* xs = stage + kWBytes + (token_warp * 32 + g) * kXStride + t * 32;
 #pragma unroll

@@ -1,0 +1,301 @@
+"""Every CUDA op against the CPU op of the same name, and what must hold bit for bit: a row's result whatever shares its step,
+a prompt in chunks or whole. Guard bytes around every output are checked by the testing module."""
+
+import json
+
+import numpy as np
+import pytest
+
+from codefuse_triton import DeviceError, devices
+from codefuse_triton._native import LoadError, testing
+
+CUDA = any(name.startswith("cuda") for name in devices()[0])
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason=f"no CUDA device: {devices()[1]}")]
+
+torch = pytest.importorskip("torch")
+from helpers import PAGE, Pages, as_format, make_batch, make_neox, pages_of, runner  # noqa: E402
+
+DTYPES = ("float32", "float16", "bfloat16")
+FORMAT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+EPS = {"float32": 5e-6, "float16": 2**-10, "bfloat16": 2**-7}  # one rounding of a result, with room for sums in another order
+
+
+def config(**fields) -> str:
+    base = dict(format_version=1, architecture="test", vocab=997, hidden=64, layers=1, heads=4, kv_heads=2, head_dim=16, intermediate=64,
+                max_positions=2048, norm="layer", norm_eps=1e-5, residual="serial", activation="gelu", gated=False, position="rope",
+                rope_dim=8, rope_theta=10000.0, rope_scaling={"type": "none"}, tied=False, window=0, bos_id=-1, eos_ids=[0])
+    return json.dumps({**base, **fields})
+
+
+ROWS, SLOTS, MAX_LEN = 400, 64, 1024
+
+
+class Both:
+    """The same call on the CPU in float32 and on CUDA in dtype, from inputs that dtype can hold."""
+
+    def __init__(self, dtype: str, pages: int = 512, **fields):
+        self.dtype = dtype
+        self.cpu, self.cuda = testing.Ops("cpu", threads=2), testing.Ops("cuda", dtype)
+        for ops in (self.cpu, self.cuda):
+            ops.plan(config(**fields), SLOTS, ROWS, MAX_LEN, pages)
+
+    def round(self, a: np.ndarray) -> np.ndarray:
+        return as_format(a, FORMAT[self.dtype])[1]
+
+    def call(self, op: str, *args, **kw):
+        return getattr(self.cpu, op)(*args, **kw), getattr(self.cuda, op)(*args, **kw)
+
+    def same(self, op: str, *args, eps: float | None = None, **kw) -> None:
+        want, got = self.call(op, *args, **kw)
+        for w, g in zip(want, got) if isinstance(want, tuple) else [(want, got)]:
+            close(g, w, EPS[self.dtype] if eps is None else eps)
+
+
+def close(got: np.ndarray, want: np.ndarray, eps: float) -> None:
+    """Within eps of each element or of the rows' typical size, which is what a sum's rounding grows with."""
+    assert got.shape == want.shape
+    assert np.isfinite(got).all()
+    size = np.sqrt(np.mean(want.astype(np.float64)**2)) if want.size else 0.0
+    worst = np.max(np.abs(got - want) - 2 * eps * np.maximum(np.abs(want), size), initial=-1.0)
+    assert worst <= 0, f"off by {np.max(np.abs(got - want))} where the typical size is {size}"
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def both(request):
+    return Both(request.param)
+
+
+def rows_batch(decode: int, prefill: int, logits="none", sample=None) -> dict:
+    """Rows of no particular content: decode rows of their own slots, then one chunk."""
+    pages = Pages(SLOTS, MAX_LEN, 512)
+    return make_batch(pages, decode=[(s, 1, 0) for s in range(decode)], prefill=[(decode % SLOTS, [1] * prefill, 0)] if prefill else [],
+                      logits=logits, sample=sample)
+
+
+SHAPES = [(1, 1), (3, 8), (16, 64), (111, 111), (257, 192), (300, 1000), (1536, 640), (96, 5120)]
+
+
+@pytest.mark.parametrize("n,k", SHAPES)
+@pytest.mark.parametrize("decode,prefill", [(1, 0), (7, 0), (64, 0), (0, 1), (0, 130), (9, 33)])
+def test_linear(both, n, k, decode, prefill):
+    rng = np.random.default_rng(n * k + decode)
+    x = both.round(rng.standard_normal((decode + prefill, k)))
+    for format in ("f32", "f16", "bf16"):
+        raw = rng.standard_normal((n, k)) / np.sqrt(k)
+        bits, values = as_format(raw, format)
+        if both.dtype != "float32" and format != FORMAT[both.dtype]:
+            bits, values = as_format(both.round(values), format) if format == "f32" else as_format(raw.round(2) * 0.5, format)
+            if not np.array_equal(both.round(values), values):
+                continue  # the CPU would not round this weight
+        bias = rng.standard_normal(n).astype(np.float32)
+        batch = rows_batch(decode, prefill)
+        both.same("linear", batch, x, bits, format, bias)
+    both.same("linear", batch, x, bits, format, None, activation="gelu")
+    y = rng.standard_normal((decode + prefill, n)).astype(np.float32)
+    eps = 5e-6 if both.dtype == "float32" else 1e-4  # tensor cores truncate where they add
+    both.same("linear_add", batch, y, x, bits, format, bias, eps=eps)
+    both.same("linear_add", batch, y, x, bits, format, bias, add_bias=False, eps=eps)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
+def test_activations(both, activation):
+    rng = np.random.default_rng(5)
+    x, w = both.round(rng.standard_normal((70, 64)) * 3), both.round(rng.standard_normal((40, 64)) / 8)
+    both.same("linear", rows_batch(3, 67), x, as_format(w, FORMAT[both.dtype])[0], FORMAT[both.dtype], None, activation=activation)
+    g, u = both.round(rng.standard_normal((70, 111)) * 3), both.round(rng.standard_normal((70, 111)))
+    both.same("gate", rows_batch(3, 67), g, u, activation)
+    both.same("gate", rows_batch(3, 67), g, u, activation, in_place=True)
+
+
+def test_one_wrong_weight_shows(both):
+    rng = np.random.default_rng(6)
+    x, w = both.round(rng.standard_normal((3, 320))), both.round(rng.standard_normal((300, 320)) / 18)
+    wrong = w.copy()
+    wrong[299, 319] = -wrong[299, 319]
+    format = FORMAT[both.dtype]
+    want = both.cpu.linear(rows_batch(3, 0), x, as_format(w, format)[0], format)
+    got = both.cuda.linear(rows_batch(3, 0), x, as_format(wrong, format)[0], format)
+    with pytest.raises(AssertionError):
+        close(got, want, EPS[both.dtype])
+
+
+@pytest.mark.parametrize("n,k", [(111, 111), (520, 704), (2048, 1024), (512, 4096)])
+def test_a_row_is_the_same_alone_and_in_any_batch(both, n, k):
+    rng = np.random.default_rng(n)
+    x, format = both.round(rng.standard_normal((64 + 200, k))), FORMAT[both.dtype]
+    w = as_format(rng.standard_normal((n, k)) / np.sqrt(k), format)[0]
+    bias = rng.standard_normal(n).astype(np.float32)
+    mixed = both.cuda.linear(rows_batch(64, 200), x, w, format, bias)
+    for count in (1, 2, 8, 9, 24, 33, 64):
+        np.testing.assert_array_equal(both.cuda.linear(rows_batch(count, 0), x[:count], w, format, bias), mixed[:count])
+    np.testing.assert_array_equal(both.cuda.linear(rows_batch(1, 0), x[63:64], w, format, bias), mixed[63:64])
+    for first, count in ((0, 1), (0, 200), (3, 130), (199, 1)):
+        part = x[64 + first:64 + first + count]
+        np.testing.assert_array_equal(both.cuda.linear(rows_batch(0, count), part, w, format, bias), mixed[64 + first:64 + first + count])
+    logits = both.cuda.logits(rows_batch(64, 0, "all"), x[:64], w, format, bias)
+    np.testing.assert_array_equal(both.cuda.logits(rows_batch(1, 0, "all"), x[5:6], w, format, bias), logits[5:6])
+
+
+@pytest.mark.parametrize("v,h", [(1, 1), (111, 111), (300, 640), (997, 64)])
+def test_repacked_weights_are_the_weights(both, v, h):
+    """embed() reads single elements out of the tiles that linear() streams."""
+    rng = np.random.default_rng(v)
+    format = FORMAT[both.dtype]
+    bits, values = as_format(rng.standard_normal((v, h)), format)
+    for start in range(0, v, 64):
+        tokens = list(range(start, min(v, start + 64)))
+        batch = make_batch(Pages(SLOTS, MAX_LEN, 512), decode=[(i, t, i) for i, t in enumerate(tokens)], logits="none")
+        np.testing.assert_array_equal(both.cuda.embed(batch, bits, format), values[tokens])
+        if v >= MAX_LEN or start == 0 and v >= 64:
+            x = rng.standard_normal((len(tokens), h)).astype(np.float32)
+            both.same("add_position", batch, x, bits, format, eps=1e-6)
+
+
+@pytest.mark.parametrize("hidden", [1, 7, 111, 640, 5120, 12289])
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_norm(both, hidden, kind):
+    rng = np.random.default_rng(hidden)
+    x = (rng.standard_normal((12, hidden)) * 3 + 1).astype(np.float32)
+    w, b = rng.standard_normal(hidden).astype(np.float32), rng.standard_normal(hidden).astype(np.float32)
+    both.same("norm", rows_batch(5, 7), x, w, b, kind, 1e-5, eps=max(EPS[both.dtype], 1e-5))
+    both.same("norm", rows_batch(5, 7), x, w, None, kind, 1e-5, eps=max(EPS[both.dtype], 1e-5))
+    both.same("norm", rows_batch(5, 7, "last"), x[:6], w, b, kind, 1e-5, logit_rows=True, eps=max(EPS[both.dtype], 1e-5))
+    whole = both.cuda.norm(rows_batch(5, 7), x, w, b, kind, 1e-5)
+    np.testing.assert_array_equal(both.cuda.norm(rows_batch(0, 1), x[9:10], w, b, kind, 1e-5), whole[9:10])
+
+
+@pytest.mark.parametrize("n", [1, 111, 4096])
+def test_sums_and_gathering(both, n):
+    rng = np.random.default_rng(n)
+    x, y = rng.standard_normal((2, 70, n)).astype(np.float32)
+    both.same("add", rows_batch(3, 67), y, x, eps=0)
+    both.same("zero", rows_batch(3, 67), y, eps=0)
+    both.same("gather_logit_rows", rows_batch(3, 67, [0, 69, 5, 5]), x, eps=0)
+
+
+ATTENTION = [dict(heads=4, kv_heads=4, head_dim=64, rope_dim=64), dict(heads=4, kv_heads=1, head_dim=128, rope_dim=32),
+             dict(heads=6, kv_heads=2, head_dim=80, rope_dim=20), dict(heads=2, kv_heads=2, head_dim=8, rope_dim=2),
+             dict(heads=2, kv_heads=1, head_dim=256, rope_dim=256), dict(heads=4, kv_heads=2, head_dim=64, rope_dim=16, window=70),
+             dict(heads=3, kv_heads=3, head_dim=128, rope_dim=0, window=1)]
+
+
+def cache(rng, shape, pages):
+    size = (pages, shape["kv_heads"], PAGE, shape["head_dim"])
+    return rng.standard_normal(size), rng.standard_normal(size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ATTENTION, ids=lambda s: f"d{s['head_dim']}x{s['heads']}/{s['kv_heads']}w{s.get('window', 0)}")
+def test_attention(dtype, shape):
+    rng, pages = np.random.default_rng(3), 128
+    both = Both(dtype, pages, **shape)
+    heads, kv_heads, d = shape["heads"], shape["kv_heads"], shape["head_dim"]
+    k, v = map(both.round, cache(rng, shape, pages))
+    table = Pages(SLOTS, MAX_LEN, pages)
+    decode = [(0, 1, 0), (1, 1, 31), (2, 1, 127), (3, 1, 128), (4, 1, 700), (5, 1, 255), (6, 1, 1), (7, 1, 33)]
+    batch = make_batch(table, decode=decode, prefill=[(8, [1] * 150, 0), (9, [1] * 65, 300), (10, [1], 64), (11, [1] * 3, 62)], logits="none")
+    qkv = both.round(rng.standard_normal((len(batch["token"]), (heads + 2 * kv_heads) * d)))
+    both.same("rope_store", batch, qkv, k, v, heads, kv_heads)
+    # what the rows of this step stored is in the cache before they attend
+    _, k, v = map(both.round, both.cpu.rope_store(batch, qkv, k, v, heads, kv_heads))
+    eps = {"float32": 4e-6, "float16": 3e-3, "bfloat16": 2e-2}[dtype]
+    both.same("attention", batch, qkv, k, v, heads, kv_heads, eps=eps)
+
+    whole = both.cuda.attention(batch, qkv, k, v, heads, kv_heads)
+    for row, one in ((4, decode[4]), (2, decode[2])):
+        alone = both.cuda.attention(make_batch(table, decode=[one], logits="none"), qkv[row:row + 1], k, v, heads, kv_heads)
+        np.testing.assert_array_equal(alone, whole[row:row + 1])
+    start = len(decode)
+    for first, count in ((0, 1), (0, 64), (64, 86), (7, 100), (149, 1)):
+        part = make_batch(table, prefill=[(8, [1] * count, first)], logits="none")
+        got = both.cuda.attention(part, qkv[start + first:start + first + count], k, v, heads, kv_heads)
+        np.testing.assert_array_equal(got, whole[start + first:start + first + count])
+
+
+SAMPLING = [dict(), dict(temperature=0.7, seed=1), dict(temperature=1.0, top_k=1, seed=2), dict(temperature=1.3, top_k=20, seed=3),
+            dict(temperature=1.0, top_p=0.9, seed=4), dict(temperature=0.8, top_k=50, top_p=0.5, seed=5), dict(temperature=2.0, min_p=0.05, seed=6),
+            dict(temperature=1.0, top_k=40, top_p=0.95, min_p=0.01, seed=2**63 + 7), dict(temperature=5.0, top_p=1e-9, seed=8)]
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 111, 1000, 100864, 152064])
+def test_sampling(vocab):
+    rng = np.random.default_rng(vocab)
+    ops = testing.Ops("cpu", threads=2), testing.Ops("cuda", "float16")
+    for o in ops:
+        o.plan(config(vocab=vocab), SLOTS, ROWS, MAX_LEN, 512)
+    rows = 60
+    params = [dict(SAMPLING[i % len(SAMPLING)]) for i in range(rows)]
+    logits = (rng.standard_normal((rows, vocab)) * rng.uniform(0.1, 5, (rows, 1))).astype(np.float32)
+    logits[0::7] = np.round(logits[0::7])  # ties
+    if vocab > 4:
+        logits[1::7, ::3] = -np.inf
+        logits[2, 1] = np.nan
+        logits[3] = 0.25
+    batch = make_batch(Pages(SLOTS, MAX_LEN, 512), decode=[(i, 0, i) for i in range(rows)], logits="all", sample=params)
+    (want, want_logprob), (got, got_logprob) = (o.sample(batch, logits) for o in ops)
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_allclose(got_logprob, want_logprob, rtol=1e-5, atol=2e-5)
+    one = make_batch(Pages(SLOTS, MAX_LEN, 512), decode=[(13, 0, 13)], logits="all", sample=[params[13]])
+    token, logprob = ops[1].sample(one, logits[13:14])
+    assert token[0] == got[13] and logprob[0] == got_logprob[13]
+
+
+def greedy(r, prompts, steps: int, together: bool, chunk: int = 10**9) -> list[list[int]]:
+    """Tokens of greedy decoding, all prompts in every step or one after the other."""
+    if not together:
+        return [greedy(r, [p], steps, True, chunk)[0] for p in prompts]
+    pages, out = pages_of(r), [[] for _ in prompts]
+    for slot, prompt in enumerate(prompts):
+        for start in range(0, len(prompt), chunk):
+            part = prompt[start:start + chunk]
+            ended = start + len(part) == len(prompt)
+            token, _ = r.step(make_batch(pages, prefill=[(slot, part, start)], logits="last" if ended else "none", sample=[{}] if ended else None))
+        out[slot].append(int(token[0]))
+    for i in range(steps - 1):
+        rows = [(slot, testing.LAST_TOKEN, len(p) + i) for slot, p in enumerate(prompts)]
+        token, _ = r.step(make_batch(pages, decode=rows, sample=[{}] * len(rows)), i % 2)
+        for slot, t in enumerate(token):
+            out[slot].append(int(t))
+    return out
+
+
+MODELS = [dict(), dict(use_parallel_residual=False, hidden_act="gelu_new", rotary_pct=1.0), dict(hidden_size=128, num_attention_heads=2, intermediate_size=512)]
+
+
+@pytest.mark.parametrize("fields", MODELS, ids=["parallel", "serial", "wide"])
+def test_model(tmp_path, fields):
+    hf, native = make_neox(tmp_path, **fields)
+    rng = np.random.default_rng(1)
+    tokens = [int(t) for t in rng.integers(0, 131, 100)]
+    with torch.no_grad():
+        want = hf(torch.tensor([tokens])).logits[0].numpy()
+    prompts = [tokens[:n] for n in (5, 33, 64, 90)]
+    expected = greedy(runner(native, device="cpu"), prompts, 40, True)
+    for dtype, eps in (("float32", 1e-5), ("float16", 4e-3), ("bfloat16", 3e-2)):
+        r = runner(native, device="cuda", dtype=dtype)
+        assert (r.device, r.dtype) == ("cuda:0", dtype)
+        whole = r.logits(make_batch(pages_of(r), prefill=[(0, tokens[:64], 0)], logits="all"))
+        close(whole, want[:64], eps)
+        for chunk in (1, 7, 32):
+            pages = pages_of(r, 5)
+            parts = [r.logits(make_batch(pages, prefill=[(1, tokens[i:min(i + chunk, 64)], i)], logits="all")) for i in range(0, 64, chunk)]
+            np.testing.assert_array_equal(np.concatenate(parts), whole)
+        together = greedy(r, prompts, 40, True)  # 4 rows: recorded and replayed
+        assert together == greedy(r, prompts, 40, False)
+        assert together == greedy(r, prompts, 40, True, chunk=16)
+        if dtype == "float32":
+            assert together == expected
+
+
+def test_what_cannot_be_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="head_dim"):
+        testing.Ops("cuda", "float16").plan(config(head_dim=12, rope_dim=4), 4, 64, 64, 8)
+    with pytest.raises(ValueError, match="cuda"):
+        testing.Ops("cuda:99")
+    _, native = make_neox(tmp_path)
+    with pytest.raises(DeviceError, match="out of memory"):
+        runner(native, device="cuda", kv_bytes=10**15)
+    ops = testing.Ops("cuda", "float16")
+    ops.plan(config(), 4, 64, 64, 8)
+    with pytest.raises(LoadError, match="float16"):
+        ops.linear(rows_batch(1, 0) | dict(table=[0, 0]), np.ones((1, 64)), np.full((2, 64), 1e6, np.float32))
