@@ -37,7 +37,7 @@ def _shown(value: Any) -> str:
 
 
 def _boolean(value: Any, where: str) -> bool:
-    if isinstance(value, (bool, np.bool_)):
+    if isinstance(value, bool):
         return bool(value)
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
@@ -49,10 +49,10 @@ def _boolean(value: Any, where: str) -> bool:
 def _number(option: Option, value: Any, where: str) -> int | float:
     integer = option.type != "FP32"
     kind = "an integer" if integer else "a number"
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating, str)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError(f"{where} is {_shown(value)}; expected {kind}")
     try:
-        number = int(value) if integer and not isinstance(value, (float, np.floating)) else float(value)
+        number = int(value) if integer and not isinstance(value, float) else float(value)
     except (ValueError, OverflowError):
         raise ValueError(f"{where} is {_shown(value)}; expected {kind}") from None
     if not math.isfinite(number):
@@ -67,7 +67,7 @@ def _number(option: Option, value: Any, where: str) -> int | float:
 
 
 def _string(value: Any, where: str) -> str:
-    if isinstance(value, (bytes, np.bytes_)):
+    if isinstance(value, bytes):
         try:
             return value.decode()
         except UnicodeDecodeError as error:
@@ -78,6 +78,8 @@ def _string(value: Any, where: str) -> str:
 
 
 def _scalar(option: Option, value: Any, where: str) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
     if option.type == "BOOL":
         return _boolean(value, where)
     if option.type == "STRING":
@@ -98,7 +100,7 @@ def convert(option: Option, value: Any, where: str) -> Any:
         if option.type == "STRING":
             result = tuple(v for v in result if v)  # an empty string is how clients fill a tensor they must send
     if option.neutral and result not in option.neutral:
-        raise ValueError(f"{where} is {_shown(value)}; this server does not implement it yet, only "
+        raise ValueError(f"{where} is {_shown(result)}; this server does not implement it yet, only "
                          f"{' or '.join(_shown(n) for n in option.neutral)} is accepted")
     if option.name == "stop_words":
         if len(result) > MAX_STOP_WORDS:

@@ -23,8 +23,8 @@ LONG = dict(max_tokens=1500, ignore_eos=True)  # many seconds of tokens: what en
 NUMPY = {"BOOL": np.bool_, "INT32": np.int32, "FP32": np.float32, "UINT64": np.uint64, "INT64": np.int64}
 
 
-def make_repository(path: Path, weights: Path, **settings: Any) -> Path:
-    """A copy of model_repository/ whose generator has these settings and the weights at `weights`."""
+def make_repository(path: Path, weights_dir: Path, **settings: Any) -> Path:
+    """A copy of model_repository/ whose generator has these settings and the weights of weights_dir."""
     for model in ("tokenizer", "generator", "detokenizer", "ensemble"):
         source = ROOT / "model_repository" / model
         (path / model / "1").mkdir(parents=True)
@@ -35,7 +35,7 @@ def make_repository(path: Path, weights: Path, **settings: Any) -> Path:
         (path / model / "config.pbtxt").write_text(text)
         if model != "ensemble":
             shutil.copy(source / "1" / "model.py", path / model / "1")
-    for file in weights.iterdir():
+    for file in weights_dir.iterdir():
         (path / "generator" / "1" / file.name).symlink_to(file)
     return path
 

@@ -1,0 +1,135 @@
+"""The contract table against the files written from it, and requests parsed by it."""
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from codefuse_triton import contract
+from codefuse_triton.request import parse, parse_settings
+
+ROOT = Path(__file__).resolve().parents[1]
+IDS = {"input_ids": np.array([[5, 6]], np.int32)}
+
+
+@pytest.mark.parametrize("name", list(contract.MODEL))
+def test_config_files_are_written_from_the_table(name: str) -> None:
+    """python -m codefuse_triton.contract model_repository"""
+    assert (ROOT / "model_repository" / name / "config.pbtxt").read_text() == contract.config_pbtxt(name)
+
+
+@pytest.mark.parametrize("name", list(contract.MODEL))
+def test_config_files_are_what_triton_reads(name: str) -> None:
+    text_format = pytest.importorskip("google.protobuf.text_format")
+    model_config = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    config = text_format.Parse(contract.config_pbtxt(name), model_config.ModelConfig())
+    model = contract.MODEL[name]
+    assert config.name == name
+    assert [t.name for t in config.input] == [t.name for t in model.inputs] and all(t.optional for t in config.input)
+    assert [t.name for t in config.output] == [t.name for t in model.outputs]
+    if name != contract.ENSEMBLE:
+        assert {k: v.string_value for k, v in config.parameters.items()} == {s.name: s.default for s in model.settings}
+        assert [(g.count, g.kind) for g in config.instance_group] == [(1, model_config.ModelInstanceGroup.KIND_CPU)]
+        assert not config.HasField("dynamic_batching")
+
+
+def test_table_is_consistent() -> None:
+    names = [n for o in contract.OPTIONS for n in (o.name, o.alias) if n]
+    assert len(names) == len(set(names))
+    for model in contract.MODEL.values():
+        for tensors in (model.inputs, model.outputs):
+            assert len({t.name for t in tensors}) == len(tensors)
+        parse_settings(model.name, {s.name: s.default for s in model.settings})
+    outputs = {t.name: (t.type, t.dims) for t in contract.MODEL["generator"].outputs}
+    assert outputs == {t.name: (t.type, t.dims) for t in contract.MODEL["detokenizer"].inputs}
+
+
+def test_client_knows_the_same_tensors() -> None:
+    protocol = pytest.importorskip("codefuse_triton_client.protocol")
+    types = {"BYTES": "STRING"}
+    tensors = {t.name: t.type for t in contract.MODEL["ensemble"].inputs}
+    for name, kind in protocol.OPTIONS.values():
+        assert tensors[name] == types.get(kind, kind), name
+
+
+def submit(**given: Any) -> dict[str, Any]:
+    """The Engine.submit keywords for these request parameters."""
+    return parse(IDS, given).submit
+
+
+def test_submit_keywords_are_the_engines() -> None:
+    import inspect
+
+    from codefuse_triton import Engine
+    keywords = inspect.signature(Engine.submit).parameters
+    assert set(submit()) <= set(keywords)
+
+
+def test_defaults() -> None:
+    assert submit() == dict(max_tokens=128, min_tokens=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=None, stop=(),
+                            include_stop=False, ignore_eos=False, stream=False, logprobs=False)
+
+
+@pytest.mark.parametrize("given, temperature", [
+    (dict(), 0), (dict(top_k=1), 0), (dict(top_k=50), 1), (dict(top_p=0.9), 1), (dict(top_p=0.0), 0), (dict(min_p=0.1), 1),
+    (dict(seed=3), 0), (dict(top_k=50, temperature=0), 0), (dict(temperature=0.7), 0.7)], ids=str)
+def test_temperature_when_not_given(given: dict[str, Any], temperature: float) -> None:
+    assert submit(**given)["temperature"] == temperature
+
+
+def test_off_values() -> None:
+    assert submit(top_k=-1)["top_k"] == 0
+    greedy = submit(top_p=0, temperature=1)
+    assert (greedy["top_k"], greedy["top_p"]) == (1, 1.0)
+
+
+def test_equal_values_given_twice_are_one() -> None:
+    tensors = {**IDS, "temperature": np.array([[0.7]], np.float32), "stop_words": np.array([[b"a", b""]], object),
+               "min_tokens": np.array([[2]], np.int32)}
+    text = json.dumps({"temperature": "0.7", "stop": "a", "min_tokens": 2.0})
+    request = parse({**tensors, "sampling_parameters": np.array([[text.encode()]], object)}, {"temperature": 0.7, "min_length": "2"})
+    assert request.submit["stop"] == ("a",) and request.submit["min_tokens"] == 2
+
+
+@pytest.mark.parametrize("given, said", [
+    (dict(temperature="hot"), "parameter temperature is 'hot'; expected a number"),
+    (dict(temperature=True), "parameter temperature is True; expected a number"),
+    (dict(max_tokens=1.5), "parameter max_tokens is 1.5; expected an integer"),
+    (dict(max_tokens="1e3"), "parameter max_tokens is '1e3'; expected an integer"),
+    (dict(stream="yes"), "parameter stream is 'yes'; expected true or false"),
+    (dict(seed=2**64), "it must be between 0 and 18446744073709551615"),
+    (dict(input_ids=3), "input_ids is a tensor"),
+    (dict(sampling_parameters='{"logprobs": 5}'), "sampling_parameters.logprobs is 5; it must be between 0 and 1"),
+    (dict(sampling_parameters='{"use_beam_search": true}'), "sampling_parameters.use_beam_search is True; accepted: null, false"),
+    (dict(sampling_parameters='{"stop": [1]}'), "sampling_parameters.stop is 1; expected a string"),
+    (dict(sampling_parameters="[" * 100000), "sampling_parameters is not JSON"),
+], ids=str)
+def test_refusals(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        submit(**given)
+
+
+def test_parameters_that_triton_adds_are_ignored() -> None:
+    submit(sequence_id=3, priority=1, timeout=5, triton_enable_empty_final_response=True, binary_data_output=True, **{"x-trace": "1"})
+
+
+def test_echo_and_heartbeat() -> None:
+    tensors = {**IDS, "prompt_text": np.array([[b"abc"]], object), "heartbeat": np.array([[True]])}
+    assert parse(tensors, {}).echo == b"" and parse(tensors, {}).heartbeat
+    assert parse(tensors, {}, exclude_input=False).echo == b"abc"
+    assert parse(tensors, {"exclude_input_in_output": False}).echo == b"abc"
+    assert parse(tensors, {"exclude_input_in_output": True}, exclude_input=False).echo == b""
+
+
+def test_settings() -> None:
+    values = parse_settings("generator", {"slots": "4", "dtype": "", "weights": "/data/w"})
+    assert (values["slots"], values["dtype"], values["weights"], values["queue"]) == (4, "auto", "/data/w", 256)
+    for given, said in [({"slot": "4"}, "'slot' is unknown; did you mean 'slots'?"), ({"slots": "0"}, "slots is '0'; it must be between 1"),
+                        ({"slots": "many"}, "slots is 'many'; expected an integer"),
+                        ({"dtype": "int3"}, "dtype is 'int3'; it must be one of auto, float32")]:
+        with pytest.raises(ValueError, match=re.escape(said)):
+            parse_settings("generator", given)
