@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kWarps = 8;                   // consumers, 32 rows of a chunk each
 constexpr int kXStride = kChunkCols * 2 + 16;  // bytes between rows of x in shared memory: 16-byte reads without bank conflicts
-constexpr int kMaxStages = 8;
+[[maybe_unused]] constexpr int kMaxStages = 8;
 
 struct Args {
   const uint8_t* w;
