@@ -68,8 +68,7 @@ void CpuOps::plan(const ModelConfig& c, const Limits& limits, bool /*replay*/) {
   row_pages_.reserve(size_t(limits.rows));
   table_of_.assign(size_t(limits.slots), 0);
   last_token_.assign(size_t(limits.slots), 0);
-  const int widest = std::max({c.hidden, c.heads * c.head_dim, c.intermediate});
-  for (int t = 0; t < pool_.threads(); ++t) scratch(t, std::max(size_t(widest) * kDecodedRows, size_t(limits.max_len)));
+  for (int t = 0; t < pool_.threads(); ++t) scratch(t, size_t(std::max(c.hidden, limits.max_len)));
 }
 
 float* CpuOps::scratch(int thread, size_t floats) {

@@ -9,7 +9,7 @@
 
 namespace codefuse::cpu {
 
-constexpr int kDecodedRows = 16;  // weight rows decoded to float32 at a time when many tokens share them
+constexpr int kBlockRows = 16;  // weight rows that all tokens use before the next ones
 
 // y[t, n] = act(x[t] . w[n] + bias[n]), or += when accumulate
 struct MatmulArgs {
@@ -37,7 +37,7 @@ struct AttendArgs {
 
 struct Kernels {
   const char* name;
-  void (*matmul)(const MatmulArgs& a, int64_t begin, int64_t end, float* scratch /*[kDecodedRows, K]*/);  // outputs [begin, end)
+  void (*matmul)(const MatmulArgs& a, int64_t begin, int64_t end);  // outputs [begin, end)
   void (*attend)(const AttendArgs& a, float* scores /*[last - first + 1]*/);
   void (*activate)(float* x, int64_t n, Activation act);
   void (*gate)(float* y, const float* gate, const float* up, int64_t n, Activation act);  // y = act(gate) * up

@@ -1,5 +1,6 @@
 // Bodies of cpu/kernels.h over a struct S of the instruction set (see kernels_generic.cc): V, width, rows, tokens (a register
-// tile of the matrix product), zero, set, load of float, F16 and BF16, fma, mul, add, sub, sum. Included once per instruction
+// tile of the matrix product), zero, set, load of float, F16 and BF16, fma, add, sub, sum, and sum4, which adds in
+// the order of sum. Included once per instruction
 // set, inside its namespace; no standard library templates, whose copies the linker would share between instruction sets.
 
 using V = S::V;
@@ -21,9 +22,13 @@ inline V load_part(const E* p, int64_t n) {
 
 // ---- matrix product --------------------------------------------------------------------------------------------------
 
-// out[r][m] = w[r] . x[m]: one vector accumulator each, lane l takes elements l, l + width, ...; the same for every R and M.
-template <int R, int M, class E>
-inline void tile(const E* w, size_t w_stride /*bytes*/, const float* x, int64_t x_stride, int64_t k_size, float out[R][M]) {
+// out[m][r] = w[r] . x[m]: one vector accumulator each, lane l takes elements l, l + width, ...; the same for every R and M.
+// Prefetch: brings the weights kAhead bytes further into the second-level cache; several short rows at once are too many
+// streams for the processor to foresee (measured: 10 -> 50 GB/s).
+constexpr int kAhead = 32768;
+
+template <int R, int M, bool Prefetch, class E>
+inline void tile(const E* w, size_t w_stride /*bytes*/, const float* x, int64_t x_stride, int64_t k_size, float out[M][R]) {
   const E* row[R];
   for (int r = 0; r < R; ++r) row[r] = reinterpret_cast<const E*>(reinterpret_cast<const char*>(w) + r * w_stride);
   V acc[R][M];
@@ -32,9 +37,15 @@ inline void tile(const E* w, size_t w_stride /*bytes*/, const float* x, int64_t 
   int64_t k = 0;
   for (; k + S::width <= k_size; k += S::width) {
     V wv[R];
-    for (int r = 0; r < R; ++r) wv[r] = load(row[r] + k);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      wv[r] = load(row[r] + k);
+      if constexpr (Prefetch) __builtin_prefetch(reinterpret_cast<const char*>(row[r] + k) + kAhead, 0, 2);
+    }
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const V xv = load(x + m * x_stride + k);
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) acc[r][m] = S::fma(wv[r], xv, acc[r][m]);
     }
   }
@@ -46,34 +57,32 @@ inline void tile(const E* w, size_t w_stride /*bytes*/, const float* x, int64_t 
       for (int r = 0; r < R; ++r) acc[r][m] = S::fma(wv[r], xv, acc[r][m]);
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int m = 0; m < M; ++m) out[r][m] = S::sum(acc[r][m]);
+  if constexpr (R % 4 == 0) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+      for (int r = 0; r < R; r += 4) S::sum4(acc[r][m], acc[r + 1][m], acc[r + 2][m], acc[r + 3][m], &out[m][r]);
+  } else {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) out[m][r] = S::sum(acc[r][m]);
+  }
 }
 
 // Outputs [n, n + R) of tokens [t, t + M); w points at row n.
-template <int R, int M, class E>
-inline void finish_tile(const MatmulArgs& a, const E* w, size_t w_stride, int64_t n, int64_t t) {
-  float out[R][M];
-  tile<R, M>(w, w_stride, a.x + t * a.w.cols, a.w.cols, a.w.cols, out);
+template <int R, int M, bool Prefetch, class E>
+inline void finish_tile(const MatmulArgs& a, const E* w, int64_t n, int64_t t) {
+  float out[M][R];
+  tile<R, M, Prefetch>(w, a.w.stride, a.x + t * a.w.cols, a.w.cols, a.w.cols, out);
   for (int m = 0; m < M; ++m) {
     float* y = a.y + (t + m) * a.w.rows + n;
     for (int r = 0; r < R; ++r) {
-      float v = out[r][m];
+      float v = out[m][r];
       if (a.bias) v += a.bias[n + r];
       y[r] = a.accumulate ? y[r] + v : v;
     }
   }
-}
-
-template <int R, class E>
-inline void tokens_of_rows(const MatmulArgs& a, const E* w, size_t w_stride, int64_t n) {
-  constexpr int M = S::tokens;
-  int64_t t = 0;
-  for (; t + M <= a.tokens; t += M) finish_tile<R, M>(a, w, w_stride, n, t);
-  if constexpr (M > 4)
-    for (; t + 4 <= a.tokens; t += 4) finish_tile<R, 4>(a, w, w_stride, n, t);
-  for (; t + 2 <= a.tokens; t += 2) finish_tile<R, 2>(a, w, w_stride, n, t);
-  for (; t < a.tokens; ++t) finish_tile<R, 1>(a, w, w_stride, n, t);
 }
 
 template <class E>
@@ -81,50 +90,44 @@ inline const E* at_row(const E* w, size_t w_stride, int64_t r) {
   return reinterpret_cast<const E*>(reinterpret_cast<const char*>(w) + size_t(r) * w_stride);
 }
 
-template <class E>
-void matmul_rows(const MatmulArgs& a, int64_t begin, int64_t end, float* scratch) {
+// Outputs [begin, end) of tokens [t, t + M).
+template <int M, bool Prefetch, class E>
+inline void tokens(const MatmulArgs& a, const E* w, int64_t begin, int64_t end, int64_t t) {
   constexpr int R = S::rows;
-  const E* w = reinterpret_cast<const E*>(a.w.data);
-  const int64_t k_size = a.w.cols;
   int64_t n = begin;
-  if (a.tokens == 1) {  // more rows at once: as many streams of weights
-    for (; n + 2 * R <= end; n += 2 * R) finish_tile<2 * R, 1>(a, at_row(w, a.w.stride, n), a.w.stride, n, 0);
-  }
-  if (a.tokens <= S::tokens) {
-    for (; n + R <= end; n += R) tokens_of_rows<R>(a, at_row(w, a.w.stride, n), a.w.stride, n);
-    for (; n < end; ++n) tokens_of_rows<1>(a, at_row(w, a.w.stride, n), a.w.stride, n);
-    return;
-  }
-  const size_t stride = size_t(k_size) * sizeof(float);
-  for (; n < end; n += kDecodedRows) {
-    const int64_t rows = end - n < kDecodedRows ? end - n : kDecodedRows;
-    for (int64_t r = 0; r < rows; ++r) {
-      const E* from = at_row(w, a.w.stride, n + r);
-      int64_t k = 0;
-      for (; k + S::width <= k_size; k += S::width) S::store(scratch + r * k_size + k, load(from + k));
-      float part[S::width];
-      S::store(part, load_part(from + k, k_size - k));
-      __builtin_memcpy(scratch + r * k_size + k, part, size_t(k_size - k) * sizeof(float));
+  if constexpr (M <= 2)  // more rows at once: enough independent sums to hide an addition's latency
+    for (; n + 8 <= end; n += 8) finish_tile<8, M, Prefetch>(a, at_row(w, a.w.stride, n), n, t);
+  for (; n + R <= end; n += R) finish_tile<R, M, Prefetch>(a, at_row(w, a.w.stride, n), n, t);
+  for (; n < end; ++n) finish_tile<1, M, false>(a, at_row(w, a.w.stride, n), n, t);
+}
+
+template <class E>
+void matmul_rows(const MatmulArgs& a, int64_t begin, int64_t end) {
+  const E* w = reinterpret_cast<const E*>(a.w.data);
+  for (int64_t n = begin; n < end; n += kBlockRows) {  // a block of weights stays in the cache for all tokens
+    const int64_t stop = n + kBlockRows < end ? n + kBlockRows : end;
+    if (a.tokens == 1) return tokens<1, true>(a, w, begin, end, 0);
+    int64_t t = 0;  // the first tile of tokens fetches ahead, the others find the weights
+    if (a.tokens >= S::tokens) {
+      tokens<S::tokens, true>(a, w, n, stop, t), t += S::tokens;
+    } else {
+      tokens<2, true>(a, w, n, stop, t), t += 2;
     }
-    for (int64_t t = 0; t < a.tokens; t += S::tokens) {
-      MatmulArgs some = a;
-      some.x = a.x + t * k_size;
-      some.y = a.y + t * a.w.rows;
-      some.tokens = a.tokens - t < S::tokens ? a.tokens - t : S::tokens;
-      int64_t r = 0;
-      for (; r + R <= rows; r += R) tokens_of_rows<R>(some, scratch + r * k_size, stride, n + r);
-      for (; r < rows; ++r) tokens_of_rows<1>(some, scratch + r * k_size, stride, n + r);
-    }
+    for (; t + S::tokens <= a.tokens; t += S::tokens) tokens<S::tokens, false>(a, w, n, stop, t);
+    if constexpr (S::tokens > 4)
+      for (; t + 4 <= a.tokens; t += 4) tokens<4, false>(a, w, n, stop, t);
+    for (; t + 2 <= a.tokens; t += 2) tokens<2, false>(a, w, n, stop, t);
+    for (; t < a.tokens; ++t) tokens<1, false>(a, w, n, stop, t);
   }
 }
 
 void activate(float* x, int64_t n, Activation act);
 
-void matmul(const MatmulArgs& a, int64_t begin, int64_t end, float* scratch) {
+void matmul(const MatmulArgs& a, int64_t begin, int64_t end) {
   switch (a.w.format) {
-    case Format::f32: matmul_rows<float>(a, begin, end, scratch); break;
-    case Format::f16: matmul_rows<F16>(a, begin, end, scratch); break;
-    case Format::bf16: matmul_rows<BF16>(a, begin, end, scratch); break;
+    case Format::f32: matmul_rows<float>(a, begin, end); break;
+    case Format::f16: matmul_rows<F16>(a, begin, end); break;
+    case Format::bf16: matmul_rows<BF16>(a, begin, end); break;
   }
   if (a.act)
     for (int64_t t = 0; t < a.tokens; ++t) activate(a.y + t * a.w.rows + begin, end - begin, *a.act);
@@ -223,6 +226,26 @@ void norm(float* y, const float* x, const float* weight, const float* bias, Norm
     for (int i = 0; i < n; ++i) y[i] += bias[i];
 }
 
+inline const float* value_at(const AttendArgs& a, int p) {
+  return a.v + a.pages[p / kPageTokens] * a.page_stride + int64_t(p % kPageTokens) * a.head_dim;
+}
+
+// out[i .. i + C width) = scale * sum over positions of score * value
+template <int C>
+inline void weigh_values(const AttendArgs& a, const float* scores, float scale, int i) {
+  V acc[C];
+  for (int c = 0; c < C; ++c) acc[c] = S::zero();
+  for (int p = a.first; p <= a.last;) {
+    const int stop = (p / kPageTokens + 1) * kPageTokens <= a.last ? (p / kPageTokens + 1) * kPageTokens : a.last + 1;
+    const float* v = value_at(a, p) + i;
+    for (; p < stop; ++p, v += a.head_dim) {
+      const V w = S::set(scores[p - a.first]);
+      for (int c = 0; c < C; ++c) acc[c] = S::fma(w, load(v + c * S::width), acc[c]);
+    }
+  }
+  for (int c = 0; c < C; ++c) S::store(a.out + i + c * S::width, S::fma(S::set(scale), acc[c], S::zero()));
+}
+
 void attend(const AttendArgs& a, float* scores) {
   const int d = a.head_dim, n = a.last - a.first + 1;
   float top = -__builtin_inff();
@@ -231,25 +254,27 @@ void attend(const AttendArgs& a, float* scores) {
     const int run = kPageTokens - in_page < a.last + 1 - p ? kPageTokens - in_page : a.last + 1 - p;
     const float* k = a.k + a.pages[p / kPageTokens] * a.page_stride + int64_t(in_page) * d;
     int j = 0;
-    float s[4][1];
+    float s[1][4], one[1][1];
     for (; j + 4 <= run; j += 4) {
-      tile<4, 1>(k + int64_t(j) * d, size_t(d) * sizeof(float), a.q, d, d, s);
-      for (int i = 0; i < 4; ++i) scores[p - a.first + j + i] = s[i][0] * a.scale;
+      tile<4, 1, false>(k + int64_t(j) * d, size_t(d) * sizeof(float), a.q, d, d, s);
+      for (int i = 0; i < 4; ++i) scores[p - a.first + j + i] = s[0][i] * a.scale;
     }
     for (; j < run; ++j) {
-      tile<1, 1>(k + int64_t(j) * d, size_t(d) * sizeof(float), a.q, d, d, s);
-      scores[p - a.first + j] = s[0][0] * a.scale;
+      tile<1, 1, false>(k + int64_t(j) * d, size_t(d) * sizeof(float), a.q, d, d, one);
+      scores[p - a.first + j] = one[0][0] * a.scale;
     }
     p += run;
   }
   for (int j = 0; j < n; ++j) top = scores[j] > top ? scores[j] : top;
   for (int j = 0; j < n; ++j) scores[j] = exp_of(scores[j] - top);
   const float scale = 1.f / sum_of(scores, n);
-  for (int i = 0; i < d; ++i) a.out[i] = 0.f;
-  for (int p = a.first; p <= a.last; ++p) {
-    const float* v = a.v + a.pages[p / kPageTokens] * a.page_stride + int64_t(p % kPageTokens) * d;
-    const float w = scores[p - a.first] * scale;
-    for (int i = 0; i < d; ++i) a.out[i] += w * v[i];
+  int i = 0;
+  for (; i + 4 * S::width <= d; i += 4 * S::width) weigh_values<4>(a, scores, scale, i);
+  for (; i + S::width <= d; i += S::width) weigh_values<1>(a, scores, scale, i);
+  for (; i < d; ++i) {
+    float sum = 0;
+    for (int p = a.first; p <= a.last; ++p) sum += scores[p - a.first] * value_at(a, p)[i];
+    a.out[i] = sum * scale;
   }
 }
 

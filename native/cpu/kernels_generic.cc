@@ -40,6 +40,7 @@ struct S {
   static V add(V a, V b) { return a + b; }
   static V sub(V a, V b) { return a - b; }
   static float sum(V v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+  static void sum4(V a, V b, V c, V d, float* out) { out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d); }
 };
 
 #include "cpu/kernels_body.h"

@@ -7,13 +7,10 @@ namespace codefuse::cpu {
 
 void CpuOps::matmul(const MatmulArgs& a) {
   const int64_t n = a.w.rows;
-  // several pieces per thread, so that one which loses its core does not hold up the others; whole blocks of decoded rows
-  int64_t piece = (n + pool_.threads() * 6 - 1) / (pool_.threads() * 6);
-  piece = (std::max<int64_t>(piece, 8) + kDecodedRows - 1) / kDecodedRows * kDecodedRows;
-  pool_.each((n + piece - 1) / piece, [&](int64_t i, int thread) {
-    float* decoded = scratch(thread, size_t(a.w.cols) * kDecodedRows);
-    kernels_.matmul(a, i * piece, std::min(n, (i + 1) * piece), decoded);
-  });
+  // several pieces per thread, so that one which loses its core does not hold up the others; whole blocks of rows
+  int64_t piece = (n + pool_.threads() * 2 - 1) / (pool_.threads() * 2);
+  piece = (std::max<int64_t>(piece, 8) + kBlockRows - 1) / kBlockRows * kBlockRows;
+  pool_.each((n + piece - 1) / piece, [&](int64_t i, int) { kernels_.matmul(a, i * piece, std::min(n, (i + 1) * piece)); });
 }
 
 void CpuOps::linear(void* y, const void* x, const Linear& w, const Activation* act_fn) {

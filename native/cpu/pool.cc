@@ -60,7 +60,7 @@ void Pool::run(uint32_t items, Body body, const void* context) {
   take_items(loop, 0);
   for (int spins = 0; unfinished_.load(std::memory_order_acquire) != 0; ++spins) {
     pause();
-    if (spins > 4096) std::this_thread::yield(), spins = 0;  // a worker lost its core
+    if (spins > 512) std::this_thread::yield(), spins = 0;  // a worker lost its core
   }
 }
 
