@@ -308,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
                      "weight_bytes": engine.weight_bytes, "load_s": load_s, "threads": a.threads, "repeats": a.repeats, "commit": git_commit(),
                      "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), "peer": peer.description if peer else ""}
                 r.update(measure(a, engine, peer))
-        except (ValueError, RuntimeError, ImportError) as e:
+        except (ValueError, RuntimeError, ImportError, OSError) as e:
             print(f"bench_engine: {e}", file=sys.stderr)
             return 1
     print(as_text(r))

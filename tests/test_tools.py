@@ -1,0 +1,136 @@
+"""tools/bench_engine.py on tiny presets, random weights made at load, and what README.md claims."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from codefuse_triton import Engine, LoadError
+from codefuse_triton._native import read_bandwidth
+
+ROOT = Path(__file__).parent.parent
+TOOLS = ROOT / "tools"
+sys.path.insert(0, str(TOOLS))
+import bench_engine  # noqa: E402
+import convert  # noqa: E402
+
+QUICK = ["--device", "cpu", "--threads", "2", "--repeats", "2", "--shapes", "16/8,64/32,1024/512", "--streams", "1,3", "--stream-shape", "20/10"]
+
+
+def preset(path: Path, dtype: str = "f16", seed: int = 0, **changes) -> Path:
+    convert.write_random("gptneox-tiny", path, dtype, seed, on_disk=False)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+    return path
+
+
+def tokens(path: Path, **options) -> list[int]:
+    with Engine(path, device="cpu", threads=2, **options) as engine:
+        return engine.generate([5, 6, 7, 8], max_tokens=24, ignore_eos=True).token_ids.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+def test_random_weights_follow_their_seed(tmp_path, dtype):
+    first = tokens(preset(tmp_path / "a", dtype))
+    assert not list((tmp_path / "a").glob("*.safetensors"))
+    assert tokens(preset(tmp_path / "b", dtype)) == first
+    assert tokens(preset(tmp_path / "c", dtype, seed=1)) != first
+    assert tokens(tmp_path / "a", tensor_parallel=2) == first
+
+
+@pytest.mark.parametrize("shape", [
+    dict(residual="serial"), dict(residual="parallel_one_norm"), dict(tied=True), dict(norm="rms", gated=True, activation="silu"),
+    dict(position="learned"), dict(kv_heads=1),
+])
+def test_random_weights_of_every_shape(tmp_path, shape):
+    assert len(tokens(preset(tmp_path / "w", **shape))) == 24
+
+
+@pytest.mark.parametrize("random, message", [
+    ({"format": "f16"}, "random: seed is missing"), ({"seed": -1, "format": "f16"}, "random: seed is -1"),
+    ({"seed": 0, "format": "q9"}, "random: format is 'q9'"), ({"seed": 0}, "random: format is missing"),
+])
+def test_random_weights_of_a_bad_spec(tmp_path, random, message):
+    preset(tmp_path / "w", random=random)
+    with pytest.raises(LoadError, match=message):
+        Engine(tmp_path / "w", device="cpu")
+
+
+def test_random_weights_look_normal(tmp_path):
+    """The logits of one token are a mean of many weights: their scale tells that of the weights."""
+    from codefuse_triton._native import testing
+    from helpers import prompt_logits, runner
+
+    logits = prompt_logits(runner(preset(tmp_path / "w", "f32")), [1, 2, 3])
+    assert testing is not None and np.isfinite(logits).all()
+    assert logits.std() == pytest.approx(0.02 * 128**0.5, rel=0.2)  # the last norm's output has variance 1
+    assert abs(logits.mean()) < 0.05
+
+
+def test_read_bandwidth():
+    assert 1e8 < read_bandwidth("cpu", 2) < 1e13
+    for device, message in [("tpu", "device is 'tpu'"), ("cuda:x", "cuda:x")]:
+        with pytest.raises(ValueError, match=message):
+            read_bandwidth(device)
+    with pytest.raises(ValueError, match="threads is -1"):
+        read_bandwidth("cpu", -1)
+
+
+def run_bench(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(TOOLS / "bench_engine.py"), *arguments], capture_output=True, text=True, timeout=240)
+
+
+def test_bench_of_a_preset(tmp_path):
+    run = run_bench("--random", "gptneox-tiny", *QUICK, "--json", str(tmp_path / "out.json"))
+    assert run.returncode == 0, run.stderr
+    assert "skipped 1024/512: longer than max_len 512" in run.stdout and " 64/32 |" in run.stdout
+    figures = json.loads((tmp_path / "out.json").read_text())
+    assert [s["shape"] for s in figures["shapes"]] == ["16/8", "64/32"]
+    assert figures["weights"] == "gptneox-tiny" and figures["device"] == "cpu" and figures["date"] and figures["device_name"]
+    for row in figures["shapes"]:
+        for what in ("total_ms", "ttft_ms", "decode_tokens_s"):
+            assert 0 < row[what]["min"] <= row[what]["median"] <= row[what]["max"]
+        assert row["ttft_ms"]["median"] <= row["total_ms"]["median"]
+        assert row["percent_of_bandwidth"] == pytest.approx(1e2 * row["gb_s"] / figures["read_bandwidth_gb_s"])
+    assert [(s["streams"], s["shape"]) for s in figures["streams"]] == [(1, "20/10"), (3, "20/10")]
+
+
+def test_bytes_of_a_step(tmp_path):
+    with Engine(preset(tmp_path / "w"), device="cpu") as engine:
+        hidden, inter, vocab, layers = 128, 512, 1000, 2
+        weights = 2 * (layers * (4 * hidden * hidden + 2 * hidden * inter) + vocab * hidden)
+        assert weights <= engine.weight_bytes <= 1.03 * weights  # and the biases, in float32
+        kv = 2 * layers * hidden * 4
+        assert bench_engine.step_bytes(engine, bench_engine.Shape(100, 20)) == engine.weight_bytes + 110 * kv
+
+
+def test_bench_beside_transformers(tmp_path):
+    pytest.importorskip("transformers")
+    run = run_bench("--random", "gptneox-tiny", "--device", "cpu", "--repeats", "1", "--shapes", "16/8", "--streams", "", "--beside", "transformers",
+                    "--json", str(tmp_path / "out.json"))
+    assert run.returncode == 0, run.stderr
+    assert "beside transformers" in run.stdout
+    row = json.loads((tmp_path / "out.json").read_text())["shapes"][0]
+    assert row["times_transformers"]["total"] == pytest.approx(row["transformers"]["total_ms"]["median"] / row["total_ms"]["median"])
+
+
+def test_bench_plot(tmp_path):
+    run = run_bench("--random", "gptneox-tiny", *QUICK, "--plot", str(tmp_path / "out.png"))
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        assert run.returncode == 1 and "pip install matplotlib" in run.stderr
+    else:
+        assert run.returncode == 0 and (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "either a weights directory or --random"), (["--random", "gpt-9"], "preset is 'gpt-9'; known are gptneox-13b"),
+    (["nowhere"], "nowhere"), (["--random", "gptneox-tiny", "--shapes", "8"], "shape is '8'; expected PROMPT/OUTPUT"),
+    (["x", "--beside", "transformers"], "needs --hf DIR"), (["--random", "gptneox-tiny", "--device", "tpu"], "tpu"),
+])
+def test_bench_refuses(arguments, message):
+    run = run_bench(*arguments)
+    assert run.returncode != 0 and message in run.stderr and "Traceback" not in run.stderr
