@@ -20,13 +20,14 @@ def engine():
 
 
 def drain(box, uids, timeout=20):
-    """All chunks of uids, per uid, until each has ended."""
+    """All chunks of uids, per uid, until each has ended; those of others are dropped."""
     got = {uid: [] for uid in uids}
     while any(not c or not c[-1].finish_reason for c in got.values()):
         chunks = box.poll(timeout)
         assert chunks, "nothing came"
         for c in chunks:
-            got[c.uid].append(c)
+            if c.uid in got:
+                got[c.uid].append(c)
     return got
 
 

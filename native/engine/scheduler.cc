@@ -94,12 +94,13 @@ void Scheduler::admit(Step* step) {
   while (!waiting_.empty() && !free_slots_.empty() && backlog < prefill_rows_) {
     Sequence* s = waiting_.front();
     if (s->in_flight > 0) break;  // preempted with a token on its way
-    int need = pages_for(s->known());
+    const int first = std::min(s->known() + 1, s->at_most());  // room to go on, or it would be preempted again at once
+    const int need = pages_for(first);
     if (pages_.free() < need + (running_.empty() ? 0 : reserve)) break;
     waiting_.pop_front();
     s->slot = free_slots_.back();
     free_slots_.pop_back();
-    grow(*s, s->known());
+    grow(*s, first);
     running_.push_back(s);
     backlog += s->prompt_size();
     reserve += pages_for(s->at_most()) > need;
