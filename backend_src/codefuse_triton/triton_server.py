@@ -23,7 +23,8 @@ from . import lifecycle
 
 PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 _SHM = Path("/dev/shm")
-_SHM_NAME = "codefuse-{pid}-"  # of the process that starts the server
+_PID_NAMESPACE = os.stat("/proc/self/ns/pid").st_ino  # containers may share /dev/shm
+_SHM_NAME = f"codefuse-{_PID_NAMESPACE}-{{pid}}-"  # pid: of the process that starts the server
 _FLUSH_S = 0.3  # the last chunks pass the detokenizer and the network
 
 
@@ -112,7 +113,7 @@ def _remove_shared_memory(name_start: str) -> None:
 def _remove_stale_shared_memory() -> None:
     """Regions of servers whose starter died without stopping them."""
     for region in _SHM.glob(_SHM_NAME.format(pid="*") + "*"):
-        pid = region.name.split("-")[1]
+        pid = region.name.split("-")[2]
         if pid.isdigit() and not Path(f"/proc/{pid}").exists():
             region.unlink(missing_ok=True)
 

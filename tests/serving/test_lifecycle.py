@@ -159,7 +159,7 @@ def test_serve_tool_drains_on_sigterm(weights: Path, tmp_path: Path) -> None:
         reader.join()
         process.stdout.close()
     assert "stopped" in "".join(output)
-    assert not list(Path("/dev/shm").glob(f"codefuse-{process.pid}-*"))
+    assert not list(Path("/dev/shm").glob(f"codefuse-*-{process.pid}-*"))
 
 
 def test_serve_tool_reports_a_port_in_use(weights: Path, tmp_path: Path) -> None:

@@ -1,0 +1,213 @@
+"""The engine service with an engine and replies made here: pacing, merging, cancellation, draining, a reply that fails."""
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any, Callable, Iterator
+
+import numpy as np
+import pytest
+
+from codefuse_triton import lifecycle, serve
+from codefuse_triton.request import parse
+
+
+class FakeOutbox:
+    """Merges chunks of one uid, as the engine's does; a chunk here is its uid, its text and its end."""
+
+    def __init__(self) -> None:
+        self._arrived = threading.Condition()
+        self._waiting: dict[int, SimpleNamespace] = {}
+        self.polls = 0
+
+    def put(self, uid: int, text: str, finish_reason: str = "") -> None:
+        with self._arrived:
+            old = self._waiting.get(uid)
+            self._waiting[uid] = SimpleNamespace(uid=uid, text=(old.text if old else "") + text, finish_reason=finish_reason, error="")
+            self._arrived.notify()
+
+    def poll(self, timeout_s: float) -> list[SimpleNamespace]:
+        with self._arrived:
+            self.polls += 1
+            self._arrived.wait_for(lambda: bool(self._waiting), timeout_s)
+            chunks, self._waiting = list(self._waiting.values()), {}
+            return chunks
+
+    def close(self) -> None:
+        pass
+
+
+class FakeEngine:
+    def __init__(self) -> None:
+        self.config = {"eos_ids": [1]}
+        self.uids = itertools.count(1)
+        self.submitted: dict[int, dict[str, Any]] = {}
+        self.cancelled: list[int] = []
+        self.error = ""
+
+    def submit(self, ids: Any, *, outbox: FakeOutbox, **options: Any) -> int:
+        uid = next(self.uids)
+        self.submitted[uid] = options
+        self.outbox = outbox
+        return uid
+
+    def cancel(self, uid: int) -> bool:
+        self.cancelled.append(uid)
+        self.outbox.put(uid, "", "cancelled")
+        return True
+
+    def stats(self) -> dict[str, Any]:
+        return {"error": self.error}
+
+    def close(self) -> None:
+        for uid in self.submitted:
+            if uid not in self.cancelled:
+                self.outbox.put(uid, "", "cancelled")
+
+
+class FakeReply:
+    def __init__(self, fail: bool = False) -> None:
+        self.sent: list[tuple[str, bytes, str]] = []
+        self.beats = 0
+        self.gone = False
+        self.fail = fail
+        self.ended = threading.Event()
+
+    def send(self, chunk: Any, echo: bytes, error: str) -> None:
+        if self.fail:
+            raise OSError("the client has gone")
+        self.sent.append((chunk.text, echo, error))
+        if chunk.finish_reason:
+            self.ended.set()
+
+    def heartbeat(self, uid: int) -> None:
+        self.beats += 1
+
+    def is_cancelled(self) -> bool:
+        return self.gone
+
+
+def request(heartbeat: bool = False, **options: Any) -> Any:
+    tensors = {"input_ids": np.array([[5]], np.int32), "heartbeat": np.array([[heartbeat]]),
+               "prompt_text": np.array([[b"echo"]], object)}
+    return parse(tensors, {"exclude_input_in_output": False, **options})
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    monkeypatch.setattr(serve, "Outbox", FakeOutbox)
+    services = []
+
+    def make_service(**options: Any) -> tuple[FakeEngine, serve.Service]:
+        engine = FakeEngine()
+        services.append(serve.Service(engine, **options))
+        return engine, services[-1]
+
+    yield make_service
+    for service in services:
+        service.close()
+        assert not service._sender.is_alive()
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 3
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_first_chunk_at_once_and_the_echo_with_it(make: Any) -> None:
+    engine, service = make(responses_per_s=1)
+    reply = FakeReply()
+    uid = service.submit(request(), reply)
+    started = time.monotonic()
+    engine.outbox.put(uid, "a")
+    eventually(lambda: len(reply.sent) == 1)
+    assert time.monotonic() - started < 0.5
+    for text in "bcd":  # the sender pauses for a second: these travel together
+        engine.outbox.put(uid, text)
+        time.sleep(0.02)
+    engine.outbox.put(uid, "e", "length")
+    assert reply.ended.wait(3)
+    assert reply.sent == [("a", b"echo", ""), ("bcde", b"", "")]
+
+
+def test_a_failing_reply_does_not_silence_the_others(make: Any) -> None:
+    engine, service = make()
+    bad, good = FakeReply(fail=True), FakeReply()
+    first, second = service.submit(request(), bad), service.submit(request(), good)
+    engine.outbox.put(first, "x", "eos")
+    engine.outbox.put(second, "y")
+    engine.outbox.put(second, "z", "eos")
+    assert good.ended.wait(3)
+    assert "".join(text for text, _, _ in good.sent) == "yz"
+
+
+def test_a_client_that_has_gone_is_cancelled_once(make: Any) -> None:
+    engine, service = make()
+    reply = FakeReply()
+    uid = service.submit(request(), reply)
+    reply.gone = True
+    assert reply.ended.wait(3)
+    service.cancel(uid)
+    assert engine.cancelled == [uid]
+
+
+def test_heartbeats_only_where_asked_for_and_only_in_silence(make: Any) -> None:
+    engine, service = make()
+    silent, talking, plain = FakeReply(), FakeReply(), FakeReply()
+    service.submit(request(heartbeat=True), silent)
+    uid = service.submit(request(heartbeat=True), talking)
+    service.submit(request(), plain)
+    for _ in range(30):
+        engine.outbox.put(uid, "t")
+        time.sleep(0.02)
+    assert 3 <= silent.beats <= 8 and talking.beats == plain.beats == 0
+
+
+def test_end_tokens_add_to_or_replace_the_models(make: Any) -> None:
+    engine, service = make()
+    for options in (dict(), dict(end_id=7), dict(end_id=-1)):
+        service.submit(request(**options), FakeReply())
+    assert [engine.submitted[uid].get("eos_ids") for uid in (1, 2, 3)] == [None, [7], None]
+
+
+@pytest.fixture
+def pid(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> int:
+    monkeypatch.setattr(lifecycle.tempfile, "gettempdir", lambda: str(tmp_path))
+    return os.getpid()
+
+
+def test_draining(make: Any, pid: int) -> None:
+    engine, service = make(server_pid=pid)
+    done, cut = FakeReply(), FakeReply()
+    first, _ = service.submit(request(), done), service.submit(request(), cut)
+    lifecycle.put(pid, "drain", "0.4")
+    eventually(lambda: service._drain_deadline > 0)
+    with pytest.raises(serve.Draining, match="shutting down"):
+        service.submit(request(), FakeReply())
+    assert lifecycle.get(pid, "drained") is None
+    engine.outbox.put(first, "whole", "eos")
+    assert cut.ended.wait(3)
+    assert done.sent == [("whole", b"echo", "")]
+    assert cut.sent == [("", b"echo", "the server is shutting down; the text is incomplete")]
+    eventually(lambda: lifecycle.get(pid, "drained") is not None)
+    lifecycle.clear(pid)
+    assert lifecycle.get(pid, "drain") is None
+
+
+def test_a_failed_device_is_reported(make: Any, pid: int) -> None:
+    engine, service = make(server_pid=pid)
+    engine.error = "CUDA error 700"
+    eventually(lambda: lifecycle.get(pid, "failed") == "CUDA error 700")
+
+
+def test_lifecycle_files_follow_no_link(pid: int, tmp_path: Any) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("kept")
+    lifecycle.path(pid, "drain").symlink_to(victim)
+    lifecycle.put(pid, "drain", "5")
+    assert victim.read_text() == "kept" and lifecycle.get(pid, "drain") is None
