@@ -80,7 +80,8 @@ std::string packed(const Floats& a, DType t) {
 
 class TestOps {
  public:
-  TestOps(const std::string& device, const std::string& dtype, int threads) : ops_(make_ops(device, dtype, DType::f32, threads)) {}
+  TestOps(const std::string& device, const std::string& dtype, int threads, const std::string& kernels)
+      : ops_(kernels.empty() ? make_ops(device, dtype, DType::f32, threads) : make_cpu_ops(threads, kernels)) {}
 
   std::string device() const { return ops_->device(); }
   std::string dtype() const { return name_of(ops_->act()); }
@@ -324,9 +325,11 @@ void bind_testing(py::module_& module) {
   m.attr("PAGE_TOKENS") = kPageTokens;
   m.attr("DECODE_ROWS") = kDecodeRows;
   m.attr("LAST_TOKEN") = kLastToken;
+  m.def("cpu_kernels", &cpu_kernels, "Instruction sets that the CPU ops can use here, best first.");
 
   py::class_<TestOps>(m, "Ops")
-      .def(py::init<const std::string&, const std::string&, int>(), "device"_a = "cpu", "dtype"_a = "auto", "threads"_a = 0)
+      .def(py::init<const std::string&, const std::string&, int, const std::string&>(), "device"_a = "cpu", "dtype"_a = "auto",
+           "threads"_a = 0, "kernels"_a = "")
       .def_property_readonly("device", &TestOps::device)
       .def_property_readonly("dtype", &TestOps::dtype)
       .def("plan", &TestOps::plan, "config"_a, "slots"_a, "rows"_a, "max_len"_a, "pages"_a)

@@ -101,5 +101,17 @@ void CpuOps::download(void* dst, const void* src, size_t bytes) { std::memcpy(ds
 }  // namespace codefuse::cpu
 
 namespace codefuse {
-std::unique_ptr<Ops> make_cpu_ops(int threads) { return std::make_unique<cpu::CpuOps>(threads); }
+
+std::vector<std::string> cpu_kernels() {
+  std::vector<std::string> names;
+  for (const cpu::Kernels* k : cpu::usable_kernels()) names.push_back(k->name);
+  return names;
+}
+
+std::unique_ptr<Ops> make_cpu_ops(int threads, const std::string& name) {
+  for (const cpu::Kernels* k : cpu::usable_kernels())
+    if (name.empty() || name == k->name) return std::make_unique<cpu::CpuOps>(threads, *k);
+  throw ValueError(cat("kernels is '", name, "'; this processor does not run them"));
+}
+
 }  // namespace codefuse

@@ -16,7 +16,8 @@ namespace codefuse::cpu {
 
 class CpuOps final : public Ops {
  public:
-  explicit CpuOps(int threads) : pool_(threads), scratch_(size_t(pool_.threads())), sampling_(size_t(pool_.threads())) {}
+  CpuOps(int threads, const Kernels& kernels)
+      : pool_(threads), kernels_(kernels), scratch_(size_t(pool_.threads())), sampling_(size_t(pool_.threads())) {}
   ~CpuOps() override;
 
   std::string device() const override { return "cpu"; }
@@ -55,7 +56,7 @@ class CpuOps final : public Ops {
   float* scratch(int thread, size_t floats);  // grows only when an op is called with more than plan() foresaw
 
   Pool pool_;
-  const Kernels& kernels_ = cpu::kernels();
+  const Kernels& kernels_;
   std::vector<std::vector<float>> scratch_;  // [threads]
   std::vector<SampleScratch> sampling_;      // [threads]
   std::vector<void*> owned_;

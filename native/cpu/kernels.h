@@ -3,6 +3,7 @@
 // there are, or on the thread.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "core/config.h"
 #include "formats/format.h"
@@ -48,6 +49,6 @@ const Kernels* generic_kernels();
 const Kernels* avx2_kernels();    // nullptr where the compiler or the processor has none
 const Kernels* avx512_kernels();
 
-const Kernels& kernels();  // the best this processor runs
+std::vector<const Kernels*> usable_kernels();  // what this processor runs, best first
 
 }  // namespace codefuse::cpu

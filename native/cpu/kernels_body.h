@@ -190,9 +190,13 @@ void activate(float* x, int64_t n, Activation act) {
 }
 
 void gate(float* y, const float* g, const float* up, int64_t n, Activation act) {
-  for (int64_t i = 0; i < n; ++i) y[i] = g[i];
-  activate(y, n, act);
-  for (int64_t i = 0; i < n; ++i) y[i] *= up[i];
+  float part[256];  // y may be g or up
+  for (int64_t i = 0; i < n; i += 256) {
+    const int64_t count = n - i < 256 ? n - i : 256;
+    __builtin_memcpy(part, g + i, size_t(count) * sizeof(float));
+    activate(part, count, act);
+    for (int64_t j = 0; j < count; ++j) y[i + j] = part[j] * up[i + j];
+  }
 }
 
 // ---- norms and attention -------------------------------------------------------------------------------------------------

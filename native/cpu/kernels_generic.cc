@@ -49,9 +49,11 @@ struct S {
 
 const Kernels* generic_kernels() { return &kTable; }
 
-const Kernels& kernels() {
-  static const Kernels* best = avx512_kernels() ? avx512_kernels() : avx2_kernels() ? avx2_kernels() : generic_kernels();
-  return *best;
+std::vector<const Kernels*> usable_kernels() {
+  std::vector<const Kernels*> all;
+  for (const Kernels* k : {avx512_kernels(), avx2_kernels(), generic_kernels()})
+    if (k) all.push_back(k);
+  return all;
 }
 
 }  // namespace codefuse::cpu

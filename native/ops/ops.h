@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "core/config.h"
 #include "core/dtype.h"
@@ -68,7 +69,7 @@ class Ops {
   virtual void linear(void* y /*[T,N] act*/, const void* x /*[T,K] act*/, const Linear& w, const Activation* act_fn = nullptr) = 0;
   // y += x W^T + b  (b skipped when add_bias is false: it is added on one rank only)
   virtual void linear_add(float* y /*[T,N]*/, const void* x /*[T,K] act*/, const Linear& w, bool add_bias = true) = 0;
-  // y = act_fn(gate) * up
+  // y = act_fn(gate) * up; y may be gate or up
   virtual void gate(void* y /*[T,F] act*/, const void* gate /*[T,F] act*/, const void* up /*[T,F] act*/, Activation act_fn, int n) = 0;
   // Rotates Q and K (rope; D = head_dim, first rope_dim dimensions, pairs (i, i + rope_dim/2)), stores K and V in their pages.
   // heads and kv_heads are this rank's.
@@ -93,7 +94,9 @@ class Ops {
 // device: "cpu", "cuda", "cuda:N". dtype: "auto" or a dtype name; auto is float32 on the CPU and `weights` on CUDA.
 // ValueError when the device is not in this build or machine, naming what is available.
 std::unique_ptr<Ops> make_ops(const std::string& device, const std::string& dtype, DType weights, int threads);
-std::unique_ptr<Ops> make_cpu_ops(int threads);  // threads 0: all cores
+// threads 0: all cores. kernels: an instruction set of cpu_kernels(), for tests; "": the best.
+std::unique_ptr<Ops> make_cpu_ops(int threads, const std::string& kernels = "");
+std::vector<std::string> cpu_kernels();  // that this processor runs, best first
 std::unique_ptr<Ops> make_cuda_ops(int index, DType act);
 // What this build and machine can use, for messages and Python: {"cpu", "cuda:0", ...}; why_no_cuda is empty or the reason.
 struct Devices {
