@@ -1,6 +1,8 @@
 """tools/bench_engine.py on tiny presets, random weights made at load, and what README.md claims."""
 
+import contextlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,3 +136,38 @@ def test_bench_plot(tmp_path):
 def test_bench_refuses(arguments, message):
     run = run_bench(*arguments)
     assert run.returncode != 0 and message in run.stderr and "Traceback" not in run.stderr
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_readme_tables_are_the_contract():
+    import readme_tables
+
+    assert README.count("<!-- table:") == len(readme_tables.TABLES)
+    assert readme_tables.filled(README) == README, "run tools/readme_tables.py"
+
+
+def test_readme_names_files_that_exist():
+    named = set(re.findall(r"(?:native|tools|tests|docs|backend_src|model_repository|client)/[\w./-]*\w", README)) - {"model_repository/generator/1"}
+    assert len(named) > 15
+    assert not [name for name in named if not (ROOT / name).exists()]
+    for link in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / link).is_file(), link
+
+
+def test_readme_engine_example_runs(tmp_path, monkeypatch, capsys):
+    example = next(code for code in re.findall(r"```python\n(.*?)```", README, re.S) if "Engine" in code)
+    convert.convert(TOOLS / "demo" / "checkpoint", tmp_path / "model_repository/generator/1", progress=contextlib.nullcontext(lambda n: None))
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert capsys.readouterr().out.endswith(" 16\n")
+
+
+def test_readme_commands_parse():
+    commands = re.findall(r"^ +\.venv/bin/python (tools/\w+\.py)(.*)$", README, re.M)
+    assert {"tools/convert.py", "tools/serve.py", "tools/bench_engine.py"} <= {tool for tool, _ in commands}
+    for tool, arguments in commands:
+        usage = subprocess.run([sys.executable, str(ROOT / tool), "--help"], capture_output=True, text=True).stdout
+        for flag in re.findall(r"--[\w-]+", arguments):
+            assert flag in usage, f"{tool} {flag}"
