@@ -1,7 +1,7 @@
 # make serve   set up, build, convert the demo model, start Triton, stream a completion, serve until Ctrl-C
 # make test    set up and run every test        (one file: make test ARGS=tests/test_engine.py)
 # make clean   remove what these made
-# Settings: PYTHON HOST HTTP_PORT GRPC_PORT METRICS_PORT ARGS, CUDA=ON|OFF (serve: ON with a GPU and nvcc, test: with nvcc)
+# Settings: PYTHON HOST HTTP_PORT GRPC_PORT METRICS_PORT ARGS, CUDA=ON|OFF (serve: ON with a GPU and nvcc; test: ON, to compile it)
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
@@ -19,13 +19,14 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NVCC := $(firstword $(shell command -v nvcc 2>/dev/null) $(wildcard /usr/local/cuda/bin/nvcc))
+PIP_NVCC := $$(echo $(CURDIR)/$(VENV)/lib/python3*/site-packages/nvidia/cu13/bin/nvcc)
 GPU := $(wildcard /dev/nvidia0 /dev/dxg)
 SOURCES := $(shell find native backend_src -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml
 DEMO := tools/demo/checkpoint
 WEIGHTS := model_repository/generator/1
 
 # A build with CUDA serves without a GPU as well.
-BUILD := $(strip $(or $(CUDA),$(if $(filter test,$(MAKECMDGOALS)),$(if $(NVCC),ON,OFF),\
+BUILD := $(strip $(or $(CUDA),$(if $(filter test,$(MAKECMDGOALS)),ON,\
            $(if $(wildcard $(STAMPS)/native-ON),ON,$(if $(and $(NVCC),$(GPU)),ON,OFF)))))
 
 serve: $(STAMPS)/native-$(BUILD) $(STAMPS)/client $(STAMPS)/demo
@@ -48,15 +49,23 @@ $(STAMPS)/build-tools: | $(STAMPS)/venv
 	@$(PIP) install --quiet 'scikit-build-core>=0.10' 'pybind11>=2.13' 'flit_core>=3.4' 'cmake>=3.24' ninja
 	@touch $@
 
+# nvcc where the machine has none; its wheels lack two names that CMake looks for.
+$(STAMPS)/nvcc: | $(STAMPS)/venv
+	@echo "== nvcc"
+	@$(PIP) install --quiet $(foreach p,cuda-nvcc cuda-crt cuda-runtime cuda-cccl nvvm,'nvidia-$(p)==13.0.*')
+	@cd $(VENV)/lib/python3*/site-packages/nvidia/cu13 && ln -sfn lib lib64 && ln -sfn libcudart.so.13 lib/libcudart.so
+	@touch $@
+$(if $(NVCC),,$(STAMPS)/native-ON: $(STAMPS)/nvcc)
+
 # With what serving needs: tritonserver, the tokenizers; no torch.
 $(STAMPS)/native-ON $(STAMPS)/native-OFF: $(STAMPS)/native-%: $(SOURCES) $(STAMPS)/build-tools
-	@echo "== packages (tritonserver is the big one) and the native engine, CUDA $*$(if $(filter ON,$*), ($(NVCC)))"
+	@echo "== packages (tritonserver is the big one) and the native engine, CUDA $*"
 	@rm -f $(STAMPS)/native-*
-	@log=$(STAMPS)/build.log; : > $$log; CUDACXX=$(NVCC) PATH="$$PWD/$(BIN):$$PATH" \
-	  $(PIP) install -v --no-build-isolation '.[server]' -C build-dir=build/$* -C cmake.define.CODEFUSE_CUDA=$* \
-	  > $$log 2>&1 & build=$$!; \
+	@log=$(STAMPS)/build.log; : > $$log; export CUDACXX=$(or $(NVCC),$(PIP_NVCC)) PATH="$(CURDIR)/$(BIN):$$PATH"; \
+	  setsid $(PIP) install -v --no-build-isolation '.[server]' -C build-dir=build/$* -C cmake.define.CODEFUSE_CUDA=$* \
+	  > $$log 2>&1 & build=$$!; trap 'kill -- -$$build 2>/dev/null || true' EXIT; \
 	  tail -n +1 -s 0.2 -f --pid=$$build $$log | sed -unE 's/^ *(Downloading [^ ]+) (\(.*)/\1 \2/p; s/.*(\[[0-9]+\/[0-9]+\] .*)/\1/p'; \
-	  wait $$build || { tail -60 $$log >&2; echo "the build failed; all of it: $$log" >&2; exit 1; }
+	  wait $$build || { tail -60 $$log >&2; echo "the build failed; all of it: $$log$(if $(filter ON,$*), (CUDA=OFF builds without CUDA))" >&2; exit 1; }
 	@touch $@
 
 $(STAMPS)/client: $(shell find client -type f -not -name '*.pyc') | $(STAMPS)/native-$(BUILD)
