@@ -132,6 +132,19 @@ class Parser {
     }
   }
 
+  // The rest of a character of several bytes, whose first is already in out; messages must stay valid UTF-8.
+  void continuation(uint8_t first, std::string& out) {
+    const int more = first >= 0xC2 && first < 0xE0 ? 1 : first >= 0xE0 && first < 0xF0 ? 2 : first >= 0xF0 && first < 0xF5 ? 3 : 0;
+    if (more == 0 || end_ - p_ < more) fail("not UTF-8");
+    const uint8_t second = uint8_t(*p_);
+    const uint8_t low = first == 0xE0 ? 0xA0 : first == 0xF0 ? 0x90 : 0x80, high = first == 0xED ? 0x9F : first == 0xF4 ? 0x8F : 0xBF;
+    if (second < low || second > high) fail("not UTF-8");
+    for (int i = 0; i < more; ++i) {
+      if ((uint8_t(*p_) & 0xC0) != 0x80) fail("not UTF-8");
+      out += *p_++;
+    }
+  }
+
   std::string text() {
     expect('"');
     std::string out;
@@ -142,6 +155,7 @@ class Parser {
       if (uint8_t(c) < 0x20) fail("a control character in a string");
       if (c != '\\') {
         out += c;
+        if (uint8_t(c) >= 0x80) continuation(uint8_t(c), out);
         continue;
       }
       char e = peek();
