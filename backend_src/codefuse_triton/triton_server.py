@@ -233,7 +233,10 @@ class TritonServer:
         connection = http.client.HTTPConnection(self.host, self.http_port, timeout=2)
         try:
             connection.request("GET", "/v2/health/ready")
-            return connection.getresponse().status == 200
+            if connection.getresponse().status != 200:
+                return False
+            socket.create_connection((self.host, self.metrics_port), timeout=2).close()  # it opens last
+            return True
         except (OSError, http.client.HTTPException):
             return False
         finally:
