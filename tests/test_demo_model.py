@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from codefuse_triton import Engine
+from codefuse_triton import Engine, devices
 from codefuse_triton._native import testing
 
 torch = pytest.importorskip("torch")
@@ -37,6 +37,14 @@ PROMPTS = [
     "x",
     "\n".join(f"    def method_{i}(self, value):\n        self.value_{i} = value\n" for i in range(24)),  # 17 KV pages
 ]
+
+
+CUDA = any(name.startswith("cuda") for name in devices()[0])
+ON = pytest.mark.parametrize("on", [
+    pytest.param(dict(device="cpu"), id="cpu"),
+    pytest.param(dict(device="cuda", dtype="float32"), id="cuda",
+                 marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason=f"no CUDA device: {devices()[1]}")]),
+])
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +75,9 @@ def test_size():
     assert sum(f.stat().st_size for f in CHECKPOINT.rglob("*")) <= 25_000_000
 
 
-def test_greedy_text_alone(weights, expected):
-    with Engine(weights, device="cpu") as engine:
+@ON
+def test_greedy_text_alone(weights, expected, on):
+    with Engine(weights, **on) as engine:
         for prompt, want in zip(PROMPTS, expected):
             assert engine.generate(prompt, max_tokens=NEW_TOKENS).text == want
             assert b"".join(c.text for c in engine.stream(prompt, max_tokens=NEW_TOKENS)).decode() == want
@@ -81,9 +90,10 @@ VARIANTS = {
 }
 
 
+@ON
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_greedy_text_in_company(weights, expected, variant):
-    with Engine(weights, device="cpu", **VARIANTS[variant]) as engine:
+def test_greedy_text_in_company(weights, expected, variant, on):
+    with Engine(weights, **on, **VARIANTS[variant]) as engine:
         prompts = PROMPTS[:-1] if variant == "preempted" else PROMPTS
         got: list[str] = [""] * len(prompts)
 

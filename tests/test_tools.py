@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from codefuse_triton import Engine, LoadError
+from codefuse_triton import Engine, LoadError, devices
 from codefuse_triton._native import read_bandwidth
 
 ROOT = Path(__file__).parent.parent
@@ -18,7 +18,9 @@ sys.path.insert(0, str(TOOLS))
 import bench_engine  # noqa: E402
 import convert  # noqa: E402
 
-QUICK = ["--device", "cpu", "--threads", "2", "--repeats", "2", "--shapes", "16/8,64/32,1024/512", "--streams", "1,3", "--stream-shape", "20/10"]
+CUDA = any(name.startswith("cuda") for name in devices()[0])
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason=f"no CUDA device: {devices()[1]}")]
+QUICK = ["--threads", "2", "--repeats", "2", "--shapes", "16/8,64/32,1024/512", "--streams", "1,3", "--stream-shape", "20/10"]
 
 
 def preset(path: Path, dtype: str = "f16", seed: int = 0, **changes) -> Path:
@@ -71,6 +73,11 @@ def test_random_weights_look_normal(tmp_path):
     assert abs(logits.mean()) < 0.05
 
 
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=ON_GPU), pytest.param("cuda:0", marks=ON_GPU)])
+def test_read_bandwidth_of_the_gpu(device):
+    assert 1e11 < read_bandwidth(device) < 1e14
+
+
 def test_read_bandwidth():
     assert 1e8 < read_bandwidth("cpu", 2) < 1e13
     for device, message in [("tpu", "device is 'tpu'"), ("cuda:x", "cuda:x")]:
@@ -84,13 +91,14 @@ def run_bench(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, str(TOOLS / "bench_engine.py"), *arguments], capture_output=True, text=True, timeout=240)
 
 
-def test_bench_of_a_preset(tmp_path):
-    run = run_bench("--random", "gptneox-tiny", *QUICK, "--json", str(tmp_path / "out.json"))
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+def test_bench_of_a_preset(tmp_path, device):
+    run = run_bench("--random", "gptneox-tiny", "--device", device, *QUICK, "--json", str(tmp_path / "out.json"))
     assert run.returncode == 0, run.stderr
     assert "skipped 1024/512: longer than max_len 512" in run.stdout and " 64/32 |" in run.stdout
     figures = json.loads((tmp_path / "out.json").read_text())
     assert [s["shape"] for s in figures["shapes"]] == ["16/8", "64/32"]
-    assert figures["weights"] == "gptneox-tiny" and figures["device"] == "cpu" and figures["date"] and figures["device_name"]
+    assert figures["weights"] == "gptneox-tiny" and figures["device"].startswith(device) and figures["date"] and figures["device_name"]
     for row in figures["shapes"]:
         for what in ("total_ms", "ttft_ms", "decode_tokens_s"):
             assert 0 < row[what]["min"] <= row[what]["median"] <= row[what]["max"]
@@ -119,7 +127,7 @@ def test_bench_beside_transformers(tmp_path):
 
 
 def test_bench_plot(tmp_path):
-    run = run_bench("--random", "gptneox-tiny", *QUICK, "--plot", str(tmp_path / "out.png"))
+    run = run_bench("--random", "gptneox-tiny", "--device", "cpu", *QUICK, "--plot", str(tmp_path / "out.png"))
     try:
         import matplotlib  # noqa: F401
     except ImportError:
