@@ -155,6 +155,7 @@ void Engine::serve() {
     if (!launched && in_flight == 0 && !live_.empty()) throw std::logic_error("scheduler: requests are waiting, but none can run");
     if (in_flight >= (launched ? depth_ : 1)) collect();
   }
+  while (collects_ < launches_) collect();
 }
 
 bool Engine::take_commands() {
