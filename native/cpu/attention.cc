@@ -57,6 +57,7 @@ void CpuOps::attention(void* out, const void* qkv, const KvLayer& kv, const Mode
     a.last = batch_->position[t];
     a.first = c.window > 0 ? std::max(0, a.last - c.window + 1) : 0;
     a.scale = scale;
+    a.fetch = batch_->rows() <= kDecodeRows;
     kernels_.attend(a, scratch(thread, size_t(a.last - a.first + 1)));
   });
 }

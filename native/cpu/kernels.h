@@ -34,6 +34,7 @@ struct AttendArgs {
   int head_dim = 0;
   int first = 0, last = 0;
   float scale = 1.f;
+  bool fetch = false;               // few rows: keys and values are not in a cache yet
 };
 
 struct Kernels {

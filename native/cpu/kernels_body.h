@@ -230,8 +230,39 @@ void norm(float* y, const float* x, const float* weight, const float* bias, Norm
     for (int i = 0; i < n; ++i) y[i] += bias[i];
 }
 
-inline const float* value_at(const AttendArgs& a, int p) {
-  return a.v + a.pages[p / kPageTokens] * a.page_stride + int64_t(p % kPageTokens) * a.head_dim;
+// Keys or values of one page, from position p on; the next page, which lies elsewhere, is fetched meanwhile if asked for.
+inline const float* page_at(const AttendArgs& a, const float* base, int p) {
+  const int page = p / kPageTokens;
+  if (a.fetch && (page + 1) * kPageTokens <= a.last) {
+    const char* next = reinterpret_cast<const char*>(base + a.pages[page + 1] * a.page_stride);
+    for (int i = 0; i < kPageTokens * a.head_dim * int(sizeof(float)); i += 64) __builtin_prefetch(next + i, 0, 2);
+  }
+  return base + a.pages[page] * a.page_stride + int64_t(p % kPageTokens) * a.head_dim;
+}
+
+// End of the run of positions from p on that lie in its page.
+inline int run_end(const AttendArgs& a, int p) {
+  const int end = (p / kPageTokens + 1) * kPageTokens;
+  return end <= a.last ? end : a.last + 1;
+}
+
+// scores[p - first] = scale * (q . k)
+inline void score_keys(const AttendArgs& a, float* scores) {
+  const int d = a.head_dim;
+  const size_t stride = size_t(d) * sizeof(float);
+  for (int p = a.first; p <= a.last;) {
+    const float* k = page_at(a, a.k, p);
+    const int end = run_end(a, p);
+    float s[1][8], one[1][1];
+    for (; p + 8 <= end; p += 8, k += 8 * d) {
+      tile<8, 1, false>(k, stride, a.q, d, d, s);
+      for (int i = 0; i < 8; ++i) scores[p - a.first + i] = s[0][i] * a.scale;
+    }
+    for (; p < end; ++p, k += d) {
+      tile<1, 1, false>(k, stride, a.q, d, d, one);
+      scores[p - a.first] = one[0][0] * a.scale;
+    }
+  }
 }
 
 // out[i .. i + C width) = scale * sum over positions of score * value
@@ -240,9 +271,8 @@ inline void weigh_values(const AttendArgs& a, const float* scores, float scale, 
   V acc[C];
   for (int c = 0; c < C; ++c) acc[c] = S::zero();
   for (int p = a.first; p <= a.last;) {
-    const int stop = (p / kPageTokens + 1) * kPageTokens <= a.last ? (p / kPageTokens + 1) * kPageTokens : a.last + 1;
-    const float* v = value_at(a, p) + i;
-    for (; p < stop; ++p, v += a.head_dim) {
+    const float* v = page_at(a, a.v, p) + i;
+    for (const int end = run_end(a, p); p < end; ++p, v += a.head_dim) {
       const V w = S::set(scores[p - a.first]);
       for (int c = 0; c < C; ++c) acc[c] = S::fma(w, load(v + c * S::width), acc[c]);
     }
@@ -252,23 +282,8 @@ inline void weigh_values(const AttendArgs& a, const float* scores, float scale, 
 
 void attend(const AttendArgs& a, float* scores) {
   const int d = a.head_dim, n = a.last - a.first + 1;
+  score_keys(a, scores);
   float top = -__builtin_inff();
-  for (int p = a.first; p <= a.last;) {  // runs of positions within one page
-    const int in_page = p % kPageTokens;
-    const int run = kPageTokens - in_page < a.last + 1 - p ? kPageTokens - in_page : a.last + 1 - p;
-    const float* k = a.k + a.pages[p / kPageTokens] * a.page_stride + int64_t(in_page) * d;
-    int j = 0;
-    float s[1][4], one[1][1];
-    for (; j + 4 <= run; j += 4) {
-      tile<4, 1, false>(k + int64_t(j) * d, size_t(d) * sizeof(float), a.q, d, d, s);
-      for (int i = 0; i < 4; ++i) scores[p - a.first + j + i] = s[0][i] * a.scale;
-    }
-    for (; j < run; ++j) {
-      tile<1, 1, false>(k + int64_t(j) * d, size_t(d) * sizeof(float), a.q, d, d, one);
-      scores[p - a.first + j] = one[0][0] * a.scale;
-    }
-    p += run;
-  }
   for (int j = 0; j < n; ++j) top = scores[j] > top ? scores[j] : top;
   for (int j = 0; j < n; ++j) scores[j] = exp_of(scores[j] - top);
   const float scale = 1.f / sum_of(scores, n);
@@ -277,7 +292,8 @@ void attend(const AttendArgs& a, float* scores) {
   for (; i + S::width <= d; i += S::width) weigh_values<1>(a, scores, scale, i);
   for (; i < d; ++i) {
     float sum = 0;
-    for (int p = a.first; p <= a.last; ++p) sum += scores[p - a.first] * value_at(a, p)[i];
+    for (int p = a.first; p <= a.last; ++p)
+      sum += scores[p - a.first] * a.v[a.pages[p / kPageTokens] * a.page_stride + int64_t(p % kPageTokens) * d + i];
     a.out[i] = sum * scale;
   }
 }
