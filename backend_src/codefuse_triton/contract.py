@@ -167,7 +167,7 @@ MODELS = (
               Setting("dtype", "auto", "of activations and KV cache; auto: the checkpoint's on cuda, float32 on cpu",
                       choices=("auto", "float32", "float16", "bfloat16")),
               Setting("tensor_parallel", "1", "GPUs that share the weights", int, 1, 64),
-              Setting("slots", "16", "requests computed at the same time", int, 1, 4096),
+              Setting("slots", "16", "requests computed at the same time", int, 1, 64),
               Setting("kv_memory_mb", "0", "KV cache in MiB; 0: decided from slots and max_len or from free memory", int,
                       0, 2**24),
               Setting("queue", "256", "requests that may wait; one more is refused", int, 1, 2**20),
