@@ -158,7 +158,7 @@ def _from_tokenizer_json(path: str) -> Vocab:
         return _byte_level_token(pieces[id]) if "ByteLevel" in kinds else _spaced_token(pieces[id], "ByteFallback" in kinds)
 
     def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[no-any-return]
+        return tokenizer.encode(text, add_special_tokens=False).ids
 
     return Vocab(encode, [token(id) for id in range(max(pieces, default=-1) + 1)], special_ids, ids_by_special=special)
 
