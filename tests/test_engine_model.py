@@ -19,8 +19,14 @@ def tiny(tmp_path_factory):
     return model, native
 
 
-def load(directory, pages=20, depth=0, **options) -> Engine:
-    native = _native.Engine(str(directory), [bytes([33 + i % 90]) for i in range(131)], device="cpu", kv_bytes=pages * PAGE_BYTES, depth=depth, threads=2, **options)
+CUDA = any(name.startswith("cuda") for name in _native.devices()[0])
+ON = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason=f"no CUDA device: {_native.devices()[1]}")])], scope="module")
+
+
+def load(directory, device="cpu", pages=20, **options) -> Engine:
+    token_bytes = [bytes([33 + i % 90]) for i in range(131)]
+    native = _native.Engine(str(directory), token_bytes, device=device, dtype="float32", kv_bytes=pages * PAGE_BYTES, threads=2, **options)
     return Engine._of(native, Vocab.none(str(directory)))
 
 
@@ -54,21 +60,22 @@ def run_together(engine, requests):
     return out
 
 
-def test_greedy_equals_transformers(tiny):
+@ON
+def test_greedy_equals_transformers(tiny, device):
     model, directory = tiny
-    with load(directory, slots=4) as engine:
+    with load(directory, device, slots=4) as engine:
         for prompt, result in zip(prompts(8), run_together(engine, [(p, {"max_tokens": 40}) for p in prompts(8)])):
             assert result.token_ids.tolist() == reference(model, prompt, 40)
 
 
 @pytest.fixture(scope="module")
-def alone(tiny):
+def alone(tiny, device):
     """Requests and their results, each run by itself: greedy and sampled."""
     requests = []
     for i, p in enumerate(prompts(12)):
         options = {"max_tokens": min(50 + 3 * i, MAX_LEN - len(p)), "seed": i}
         requests.append((p, options if i % 2 else {**options, "temperature": 0.9, "top_k": 40, "top_p": 0.95}))
-    with load(tiny[1]) as engine:
+    with load(tiny[1], device) as engine:
         return requests, [engine.generate(p, ignore_eos=True, logprobs=True, **o) for p, o in requests]
 
 
@@ -82,10 +89,13 @@ VARIANTS = {
 }
 
 
+@ON
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_results_do_not_depend_on_company(tiny, alone, variant):
+def test_results_do_not_depend_on_company(tiny, alone, variant, device):
+    if device == "cuda" and "ranks" in variant:
+        pytest.skip("one rank on CUDA")
     requests, want = alone
-    with load(tiny[1], **VARIANTS[variant]) as engine:
+    with load(tiny[1], device, **VARIANTS[variant]) as engine:
         got = run_together(engine, requests)
         if "preempted" in variant:
             assert engine.stats()["preemptions"] > 0
@@ -98,10 +108,11 @@ def test_results_do_not_depend_on_company(tiny, alone, variant):
             assert g.logprobs.tobytes() == w.logprobs.tobytes()
 
 
-def test_logprobs_are_the_model_s(tiny):
+@ON
+def test_logprobs_are_the_model_s(tiny, device):
     model, directory = tiny
     prompt = prompts(3)[2]
-    with load(directory) as engine:
+    with load(directory, device) as engine:
         r = engine.generate(prompt, max_tokens=20, ignore_eos=True, logprobs=True, temperature=0.7, seed=1)
     ids = torch.tensor([prompt + r.token_ids.tolist()])
     with torch.no_grad():
