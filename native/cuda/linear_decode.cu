@@ -87,16 +87,21 @@ __device__ __forceinline__ void multiply(float (&acc)[2][NG][4], const uint8_t* 
   for (int i = 0; i < 2; ++i)
 #pragma unroll
     for (int s = 0; s < 4; ++s) a[i][s] = *reinterpret_cast<const uint4*>(w + (warp * 2 + i) * kRowTileBytes + s * 512 + lane * 16);
-  x += (lane / 4) * kXStride + (lane % 4) * 32;
+  x += (lane % 8) * kXStride + (lane / 8) * 16;
 #pragma unroll
-  for (int j = 0; j < NG; ++j) {
-    const uint4 lo = *reinterpret_cast<const uint4*>(x + j * 8 * kXStride), hi = *reinterpret_cast<const uint4*>(x + j * 8 * kXStride + 16);
-    const uint32_t b[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
+  for (int j = 0; j < NG; ++j)
 #pragma unroll
-    for (int s = 0; s < 4; ++s)
+    for (int half = 0; half < 2; ++half) {
+      uint32_t b[4];  // 8 rows x 32 columns of x
+      ldmatrix4(b, x + j * 8 * kXStride + half * 64);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) mma16816<T>(acc[i][j], a[i][s].x, a[i][s].y, a[i][s].z, a[i][s].w, b[2 * s], b[2 * s + 1]);
-  }
+      for (int s = 0; s < 2; ++s)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const uint4& w4 = a[i][2 * half + s];
+          mma16816<T>(acc[i][j], w4.x, w4.y, w4.z, w4.w, b[2 * s], b[2 * s + 1]);
+        }
+    }
 }
 
 template <class T, int NG>

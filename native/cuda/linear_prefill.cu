@@ -54,12 +54,12 @@ __global__ void __launch_bounds__(256, 2) gemm(const uint8_t* __restrict__ w, co
     const uint8_t* stage = smem + at * kStageBytes;
     at = at + 1 == STAGES ? 0 : at + 1;
     const uint8_t* ws = stage + row_warp * 4 * kRowTileBytes + lane * 16;
-    const uint8_t* xs = stage + kWBytes + (token_warp * 32 + g) * kXStride + t * 32;
+    const uint8_t* xs = stage + kWBytes + (token_warp * 32 + lane % 8) * kXStride + lane / 8 * 16;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      uint4 b[4];
+      uint32_t b[4][4];  // 8 rows x 32 columns of x each
 #pragma unroll
-      for (int j = 0; j < 4; ++j) b[j] = *reinterpret_cast<const uint4*>(xs + j * 8 * kXStride + half * 16);
+      for (int j = 0; j < 4; ++j) ldmatrix4(b[j], xs + j * 8 * kXStride + half * 64);
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         uint4 a[4];
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(256, 2) gemm(const uint8_t* __restrict__ w, co
 #pragma unroll
         for (int i = 0; i < 4; ++i)
 #pragma unroll
-          for (int j = 0; j < 4; ++j) mma16816<T>(acc[i][j], a[i].x, a[i].y, a[i].z, a[i].w, s ? b[j].z : b[j].x, s ? b[j].w : b[j].y);
+          for (int j = 0; j < 4; ++j) mma16816<T>(acc[i][j], a[i].x, a[i].y, a[i].z, a[i].w, b[j][2 * s], b[j][2 * s + 1]);
       }
     }
   }

@@ -14,13 +14,13 @@ __device__ __forceinline__ T convert(S v, int32_t* overflow) {
   return out;
 }
 
-// One thread makes the 16 bytes of one lane: 4 columns of two rows. grid: (chunks of a group, groups)
+// One thread makes the 16 bytes of one lane: two pairs of columns of two rows. grid: (chunks of a group, groups)
 template <class S, class T>
 __global__ void to_tiles(const S* __restrict__ src, int rows, int K, T* __restrict__ dst, int64_t first_row, int32_t* overflow) {
   const int64_t steps = steps_of(K);
   for (int i = threadIdx.x; i < kChunkBytes / 16; i += blockDim.x) {
     const int lane = i % 32, step = i / 32 % 4, tile = i / 128;
-    const int r = blockIdx.y * kGroupRows + tile * 16 + lane / 4, c = blockIdx.x * kChunkCols + lane % 4 * 16 + step * 4;
+    const int r = blockIdx.y * kGroupRows + tile * 16 + lane / 4, c = blockIdx.x * kChunkCols + step * 16 + lane % 4 * 2;
     T* out = dst + tile_offset(first_row + r, c, steps);
 #pragma unroll
     for (int p = 0; p < 2; ++p)
@@ -28,7 +28,7 @@ __global__ void to_tiles(const S* __restrict__ src, int rows, int K, T* __restri
       for (int h = 0; h < 2; ++h)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          int row = r + 8 * h, col = c + 2 * p + e;
+          int row = r + 8 * h, col = c + 8 * p + e;
           out[4 * p + 2 * h + e] = row < rows && col < K ? convert<S, T>(src[int64_t(row) * K + col], overflow) : from_float<T>(0.f);
         }
   }

@@ -1,9 +1,7 @@
 // How a 16-bit matrix [N, K] lies in device memory: chunks of 256 rows x 64 columns (32 KB, N and K padded with zeros), the
 // chunks of one group of 256 rows one after the other. So a block streams contiguous memory, and one token's 64 activations
-// go with a chunk. Inside a chunk, 16 row tiles of 16 rows; in a row tile, 4 steps of one mma.m16n8k16 A operand each: lane
-// 4 g + t holds 16 bytes, elements of rows g and g + 8. Which 16 of the 64 columns a step takes is free as long as the
-// activations agree: lane t of step s takes columns 16 t + 4 s .. + 3, so that one lane's activations of a chunk are
-// 32 contiguous bytes.
+// go with a chunk. Inside a chunk, 16 row tiles of 16 rows; in a row tile, 4 steps of 16 columns, each the A operand of one
+// mma.m16n8k16: lane 4 g + t holds 16 bytes: columns 2t, 2t + 1 of rows g and g + 8, columns 2t + 8, 2t + 9 of the same rows.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -27,12 +25,11 @@ CODEFUSE_HD int64_t groups_of(int64_t n) { return (n + kGroupRows - 1) / kGroupR
 CODEFUSE_HD int64_t steps_of(int64_t k) { return (k + kChunkCols - 1) / kChunkCols; }
 CODEFUSE_HD size_t tile_bytes(int64_t n, int64_t k) { return size_t(groups_of(n)) * size_t(steps_of(k)) * kChunkBytes; }
 
-// Element (row, col) of a matrix with `steps` chunks per group, in elements. Four columns from a multiple of 4 are two pairs:
-// the pair at this offset and the pair 4 elements after it.
+// Element (row, col) of a matrix with `steps` chunks per group, in elements.
 CODEFUSE_HD size_t tile_offset(int64_t row, int64_t col, int64_t steps) {
   int64_t chunk = (row / kGroupRows) * steps + col / kChunkCols;
   int r = int(row % kGroupRows), c = int(col % kChunkCols);
-  int lane = (r % 8) * 4 + c / 16, step = c % 16 / 4, reg = (r % 16) / 8 + 2 * (c % 4 / 2);
+  int lane = (r % 8) * 4 + c % 8 / 2, step = c / 16, reg = (r % 16) / 8 + 2 * (c % 16 / 8);
   return size_t(chunk) * (kChunkBytes / 2) + (r / 16) * (kRowTileBytes / 2) + step * 256 + lane * 8 + reg * 2 + c % 2;
 }
 
