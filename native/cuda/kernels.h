@@ -61,6 +61,8 @@ void embed(const Stream& s, DType act, float* x, const void* table, const StepMe
 void add_position(const Stream& s, DType act, float* x, const void* table, const StepMeta& m, int T, int hidden);
 void gather_rows(const Stream& s, float* y, const float* x, const int32_t* row, int S, int hidden);
 void norm(const Stream& s, DType act, void* y, const float* x, const Norm& n, NormKind kind, float eps, int T, int hidden);
+// two norms of the same x; each equals norm() bit for bit
+void norm_pair(const Stream& s, DType act, void* ya, const Norm& a, void* yb, const Norm& b, const float* x, NormKind kind, float eps, int T, int hidden);
 void gate(const Stream& s, DType act, void* y, const void* gate, const void* up, Activation fn, int64_t n);
 void zero(const Stream& s, float* y, int64_t n);
 void add(const Stream& s, float* y, const float* x, int64_t n);

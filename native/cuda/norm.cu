@@ -1,67 +1,133 @@
-// LayerNorm and RMSNorm of float32 rows; one block per row, the row kept in shared memory between its passes when it fits.
+// LayerNorm and RMSNorm of float32 rows: a block per row and output. A row of up to kMost elements is in registers from the first
+// read to the last; gain and bias, which no kernel writes, arrive before the kernel waits for its predecessor.
 #include "cuda/kernels.h"
 
 namespace codefuse::cuda {
 
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kKept = 8192;  // floats of a row kept in shared memory
+constexpr int kThreads = 640, kEach = 4;  // float4 of a row a thread has
+constexpr int kMost = kThreads * kEach * 4;
+constexpr int kWarps = kThreads / 32;
 
-// sum over the block, the same on every thread; the order is fixed
-__device__ __forceinline__ float block_sum(float v, float* parts /*[kThreads / 32]*/) {
+struct Outputs {  // norms of the same rows, by blockIdx.y
+  void* y[2];
+  Norm n[2];
+};
+
+// sum over the block, the same on every thread; the order is fixed. parts: zero where there is no warp
+__device__ __forceinline__ float block_sum(float v, float* parts /*[kWarps]*/) {
 #pragma unroll
   for (int o = 16; o > 0; o /= 2) v += __shfl_xor_sync(~0u, v, o);
-  __syncthreads();
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
   __syncthreads();
-  float sum = 0.f;
+  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-  for (int i = 0; i < kThreads / 32; ++i) sum += parts[i];
-  return sum;
+  for (int i = 0; i < kWarps / 4; ++i) {
+    const float4 p = reinterpret_cast<const float4*>(parts)[i];
+    sum.x += p.x, sum.y += p.y, sum.z += p.z, sum.w += p.w;
+  }
+  return (sum.x + sum.y) + (sum.z + sum.w);
 }
 
+__device__ __forceinline__ void store4(float* y, float4 v) { *reinterpret_cast<float4*>(y) = v; }
 template <class T>
-__global__ void __launch_bounds__(kThreads) norm_rows(T* __restrict__ y, const float* __restrict__ x, const float* __restrict__ weight,
-                                                       const float* __restrict__ bias, bool center, float eps, int hidden) {
-  __shared__ float kept[kKept], parts[kThreads / 32];
+__device__ __forceinline__ void store4(T* y, float4 v) {
+  *reinterpret_cast<uint2*>(y) = make_uint2(pack2<T>(v.x, v.y), pack2<T>(v.z, v.w));
+}
+
+// hidden a multiple of 4, at most kEach float4 a thread
+template <class T>
+__global__ void __launch_bounds__(kThreads) norm_short(const Outputs out, const float* __restrict__ x, bool center, float eps, int hidden) {
+  __shared__ __align__(16) float parts[2][kWarps];
   launch_dependents();
+  for (int i = threadIdx.x; i < 2 * kWarps; i += blockDim.x) (&parts[0][0])[i] = 0.f;
+  const Norm n = blockIdx.y ? out.n[1] : out.n[0];
+  const int count = hidden / 4;
+  float4 v[kEach], gain[kEach], bias[kEach];
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int at = i * blockDim.x + threadIdx.x;
+    gain[i] = make_float4(1.f, 1.f, 1.f, 1.f), bias[i] = v[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (n.weight && at < count) gain[i] = reinterpret_cast<const float4*>(n.weight)[at];
+    if (n.bias && at < count) bias[i] = reinterpret_cast<const float4*>(n.bias)[at];
+  }
+  __syncthreads();
   grid_wait();
   x += int64_t(blockIdx.x) * hidden;
-  y += int64_t(blockIdx.x) * hidden;
-  const bool keep = hidden <= kKept;
-  float sum = 0.f;
-#pragma unroll 8
-  for (int i = threadIdx.x; i < hidden; i += kThreads) {
-    float v = x[i];
-    if (keep) kept[i] = v;
-    sum += v;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int at = i * blockDim.x + threadIdx.x;
+    if (at < count) v[i] = reinterpret_cast<const float4*>(x)[at];
   }
-  const float mean = center ? block_sum(sum, parts) / hidden : 0.f;
-  const float* row = keep ? kept : x;  // a thread reads back only what it wrote
+  if (center) {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) sum += (v[i].x + v[i].y) + (v[i].z + v[i].w);
+    const float mean = block_sum(sum, parts[0]) / hidden;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+      if (i * int(blockDim.x) + int(threadIdx.x) < count) v[i].x -= mean, v[i].y -= mean, v[i].z -= mean, v[i].w -= mean;
+  }
   float squares = 0.f;
-  for (int i = threadIdx.x; i < hidden; i += kThreads) {
-    float d = row[i] - mean;
-    squares += d * d;
-  }
-  const float scale = 1.f / sqrtf(block_sum(squares, parts) / hidden + eps);
-  for (int i = threadIdx.x; i < hidden; i += kThreads) {
-    float v = (row[i] - mean) * scale;
-    if (weight) v *= weight[i];
-    y[i] = from_float<T>(bias ? v + bias[i] : v);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) squares += (v[i].x * v[i].x + v[i].y * v[i].y) + (v[i].z * v[i].z + v[i].w * v[i].w);
+  const float scale = 1.f / sqrtf(block_sum(squares, parts[1]) / hidden + eps);
+  T* const y = static_cast<T*>(blockIdx.y ? out.y[1] : out.y[0]) + int64_t(blockIdx.x) * hidden;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int at = i * blockDim.x + threadIdx.x;
+    if (at < count)
+      store4(y + at * 4, make_float4(fmaf(v[i].x * scale, gain[i].x, bias[i].x), fmaf(v[i].y * scale, gain[i].y, bias[i].y),
+                                     fmaf(v[i].z * scale, gain[i].z, bias[i].z), fmaf(v[i].w * scale, gain[i].w, bias[i].w)));
   }
 }
 
+// any hidden
 template <class T>
-void run(const Stream& s, void* y, const float* x, const Norm& n, NormKind kind, float eps, int T_rows, int hidden) {
-  launch(s, norm_rows<T>, T_rows, kThreads, 0, static_cast<T*>(y), x, n.weight, n.bias, kind == NormKind::layer, eps, hidden);
+__global__ void __launch_bounds__(kThreads) norm_long(const Outputs out, const float* __restrict__ x, bool center, float eps, int hidden) {
+  __shared__ __align__(16) float parts[2][kWarps];
+  launch_dependents();
+  grid_wait();
+  const Norm n = blockIdx.y ? out.n[1] : out.n[0];
+  x += int64_t(blockIdx.x) * hidden;
+  T* const y = static_cast<T*>(blockIdx.y ? out.y[1] : out.y[0]) + int64_t(blockIdx.x) * hidden;
+  float sum = 0.f, squares = 0.f;
+#pragma unroll 8
+  for (int i = threadIdx.x; i < hidden; i += kThreads) sum += x[i];
+  const float mean = center ? block_sum(sum, parts[0]) / hidden : 0.f;
+#pragma unroll 8
+  for (int i = threadIdx.x; i < hidden; i += kThreads) squares += (x[i] - mean) * (x[i] - mean);
+  const float scale = 1.f / sqrtf(block_sum(squares, parts[1]) / hidden + eps);
+#pragma unroll 4
+  for (int i = threadIdx.x; i < hidden; i += kThreads)
+    y[i] = from_float<T>(fmaf((x[i] - mean) * scale, n.weight ? n.weight[i] : 1.f, n.bias ? n.bias[i] : 0.f));
+}
+
+bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+void run(const Stream& s, DType act, const Outputs& o, int outputs, const float* x, NormKind kind, float eps, int T, int hidden) {
+  bool vectors = hidden % 4 == 0 && hidden <= kMost && aligned16(x);
+  for (int i = 0; i < outputs; ++i) vectors = vectors && aligned16(o.y[i]) && aligned16(o.n[i].weight) && aligned16(o.n[i].bias);
+  auto go = [&](auto fits, auto any) {
+    const int threads = vectors ? (hidden + kEach * 128 - 1) / (kEach * 128) * 32 : kThreads;
+    launch(s, vectors ? fits : any, dim3(T, outputs), threads, 0, o, x, kind == NormKind::layer, eps, hidden);
+  };
+  switch (act) {
+    case DType::f32: return go(norm_short<float>, norm_long<float>);
+    case DType::f16: return go(norm_short<__half>, norm_long<__half>);
+    default: return go(norm_short<__nv_bfloat16>, norm_long<__nv_bfloat16>);
+  }
 }
 
 }  // namespace
 
 void norm(const Stream& s, DType act, void* y, const float* x, const Norm& n, NormKind kind, float eps, int T, int hidden) {
-  if (act == DType::f32) return run<float>(s, y, x, n, kind, eps, T, hidden);
-  act == DType::f16 ? run<__half>(s, y, x, n, kind, eps, T, hidden) : run<__nv_bfloat16>(s, y, x, n, kind, eps, T, hidden);
+  run(s, act, Outputs{{y, nullptr}, {n, Norm{}}}, 1, x, kind, eps, T, hidden);
+}
+
+void norm_pair(const Stream& s, DType act, void* ya, const Norm& a, void* yb, const Norm& b, const float* x, NormKind kind, float eps, int T, int hidden) {
+  run(s, act, Outputs{{ya, yb}, {a, b}}, 2, x, kind, eps, T, hidden);
 }
 
 }  // namespace codefuse::cuda

@@ -5,44 +5,57 @@ namespace codefuse::cuda {
 
 namespace {
 
-// grid (rows, parts); a thread takes two elements of a head at a time: a rotated pair, or neighbours
-template <class T>
-__global__ void rope_rows(T* __restrict__ qkv, T* __restrict__ keys, T* __restrict__ values, const float2* __restrict__ angles, StepMeta m, AttentionShape a) {
+template <class T, int W> struct __align__(W * sizeof(T) < 16 ? W * sizeof(T) : 16) Pack { T v[W]; };
+
+// grid (rows, parts); a thread takes two runs of W elements of a head at a time: a rotated pair, or neighbours. W divides
+// rope_dim / 2, and 2 W divides head_dim - rope_dim. Where to read, and the angles, it knows before its predecessor is done.
+template <class T, int W>
+__global__ void __launch_bounds__(256) rope_rows(T* __restrict__ qkv, T* __restrict__ keys, T* __restrict__ values, const float2* __restrict__ angles,
+                                                  const StepMeta m, const AttentionShape a) {
   launch_dependents();
-  grid_wait();
-  const int row = blockIdx.x;
-  if (m.slot[row] < 0) return;
-  const int position = m.position[row], d = a.head_dim, pairs = a.rope_dim / 2, all = a.heads + 2 * a.kv_heads;
-  const int64_t page = m.table[int64_t(m.sequence[row]) * m.max_pages + position / kPageTokens];
+  const int row = blockIdx.x, position = m.position[row], d = a.head_dim, pairs = a.rope_dim / 2, all = a.heads + 2 * a.kv_heads;
+  const bool padding = m.slot[row] < 0;
+  const int64_t page = padding ? 0 : m.table[int64_t(m.sequence[row]) * m.max_pages + position / kPageTokens];
+  const int each = d / (2 * W), work = padding ? 0 : all * each, step = gridDim.y * blockDim.x;
   qkv += int64_t(row) * all * d;
-  for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < all * (d / 2); i += gridDim.y * blockDim.x) {
-    const int head = i / (d / 2), j = i % (d / 2);
+  bool waited = false;
+  for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < work; i += step) {
+    const int head = i / each, j = i % each * W;
     const bool rotated = head < a.heads + a.kv_heads && j < pairs;
     const bool split = head < a.heads + a.kv_heads;  // V has no pairs
-    const int first = !split ? 2 * j : rotated ? j : a.rope_dim + 2 * (j - pairs), second = rotated ? j + pairs : first + 1;
+    const int first = !split ? 2 * j : rotated ? j : a.rope_dim + 2 * (j - pairs), second = rotated ? j + pairs : first + W;
+    Pack<float2, W> r;
+    if (rotated) r = *reinterpret_cast<const Pack<float2, W>*>(angles + int64_t(position) * pairs + j);
+    if (!waited) grid_wait(), waited = true;
+    if (!rotated && head < a.heads) continue;
     T* h = qkv + head * d;
-    T x = h[first], y = h[second];
+    Pack<T, W> x = *reinterpret_cast<Pack<T, W>*>(h + first), y = *reinterpret_cast<Pack<T, W>*>(h + second);
     if (rotated) {
-      const float2 r = angles[int64_t(position) * pairs + j];
-      const float u = to_float(x), v = to_float(y);
-      x = from_float<T>(u * r.x - v * r.y);
-      y = from_float<T>(v * r.x + u * r.y);
-      h[first] = x;
-      h[second] = y;
+#pragma unroll
+      for (int e = 0; e < W; ++e) {
+        const float u = to_float(x.v[e]), v = to_float(y.v[e]);
+        x.v[e] = from_float<T>(u * r.v[e].x - v * r.v[e].y);
+        y.v[e] = from_float<T>(v * r.v[e].x + u * r.v[e].y);
+      }
+      *reinterpret_cast<Pack<T, W>*>(h + first) = x;
+      *reinterpret_cast<Pack<T, W>*>(h + second) = y;
     }
     if (head >= a.heads) {
       const int kv = (head - a.heads) % a.kv_heads;
       T* to = (head < a.heads + a.kv_heads ? keys : values) + ((page * a.kv_heads + kv) * kPageTokens + position % kPageTokens) * d;
-      to[first] = x;
-      to[second] = y;
+      *reinterpret_cast<Pack<T, W>*>(to + first) = x;
+      *reinterpret_cast<Pack<T, W>*>(to + second) = y;
     }
   }
+  if (!waited) grid_wait();
 }
 
 template <class T>
 void run(const Stream& s, void* qkv, const KvLayer& kv, const float2* angles, const StepMeta& m, int rows, const AttentionShape& a) {
-  const int work = (a.heads + 2 * a.kv_heads) * a.head_dim / 2, parts = std::max(1, std::min((work + 255) / 256, rows > 64 ? 4 : 32));
-  launch(s, rope_rows<T>, dim3(rows, parts), 256, 0, static_cast<T*>(qkv), static_cast<T*>(kv.k), static_cast<T*>(kv.v), angles, m, a);
+  constexpr int W = 4;
+  const bool wide = a.rope_dim % (2 * W) == 0 && (a.head_dim - a.rope_dim) % (2 * W) == 0 && reinterpret_cast<uintptr_t>(qkv) % 16 == 0;
+  const int work = (a.heads + 2 * a.kv_heads) * a.head_dim / (wide ? 2 * W : 2), parts = std::max(1, std::min((work + 255) / 256, rows > 64 ? 4 : 32));
+  launch(s, wide ? rope_rows<T, W> : rope_rows<T, 1>, dim3(rows, parts), 256, 0, static_cast<T*>(qkv), static_cast<T*>(kv.k), static_cast<T*>(kv.v), angles, m, a);
 }
 
 }  // namespace
