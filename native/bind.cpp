@@ -84,6 +84,9 @@ py::typing::Dict<py::str, py::object> stats(const Engine& engine) {
 std::unique_ptr<Engine> make_engine(const std::string& weights, const std::vector<py::bytes>& token_bytes, const std::string& device,
                                     const std::string& dtype, int tensor_parallel, int slots, int prefill_tokens, int max_len, int64_t kv_bytes,
                                     int queue, int threads, int depth) {
+  if (prefill_tokens < 1 || prefill_tokens > 65536) throw ValueError(cat("prefill_tokens is ", prefill_tokens, "; expected 1..65536"));
+  const EngineOptions engine_options{prefill_tokens, queue, depth};
+  Engine::check(engine_options);
   RunnerOptions options;
   options.weights = weights;
   options.device = device;
@@ -96,7 +99,7 @@ std::unique_ptr<Engine> make_engine(const std::string& weights, const std::vecto
   options.threads = threads;
   TokenBytes table = to_strings(token_bytes);
   py::gil_scoped_release unlocked;
-  return std::make_unique<Engine>(load_runner(options), std::move(table), EngineOptions{prefill_tokens, queue, depth});
+  return std::make_unique<Engine>(load_runner(options), std::move(table), engine_options);
 }
 
 int64_t submit(Engine& engine, std::vector<int32_t> prompt, std::shared_ptr<Outbox> outbox, int max_tokens, float temperature, int top_k,

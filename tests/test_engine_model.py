@@ -143,12 +143,16 @@ def test_engine_with_a_tokenizer(tiny, tmp_path):
         assert "".join(c.text.decode("utf-8", "replace") for c in engine.stream(b"def f", max_tokens=30, ignore_eos=True)) == result.text
         with pytest.raises(ValueError, match="max_tokens is 100; expected at most 9[0-9]"):
             engine.generate("def f", max_tokens=100)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "vocab": 100}))
+    with pytest.raises(LoadError, match="the tokenizer has token 130, but the model's vocab is 100"):
+        Engine(directory)
 
 
 @pytest.mark.parametrize("options, message", [
     (dict(slots=0), "slots is 0"), (dict(slots=65), "slots is 65"), (dict(queue=-1), "queue is -1"), (dict(max_len=161), "max_len is 161"),
-    (dict(dtype="float8"), "float8"), (dict(dtype="float16"), "float16"), (dict(device="tpu"), "tpu"), (dict(prefill_tokens=0), "prefill"),
-    (dict(tensor_parallel=0), "tensor_parallel is 0"), (dict(kv_memory_mb=-1), "kv_"), (dict(threads=-1), "threads is -1"),
+    (dict(dtype="float8"), "float8"), (dict(dtype="float16"), "float16"), (dict(device="tpu"), "tpu"), (dict(prefill_tokens=0), "prefill_tokens is 0"),
+    (dict(tensor_parallel=0), "tensor_parallel is 0"), (dict(kv_memory_mb=-1), "kv_memory_mb is -1"), (dict(threads=-1), "threads is -1"),
 ])
 def test_bad_options_are_refused(tiny, options, message):
     with pytest.raises(ValueError, match=message):

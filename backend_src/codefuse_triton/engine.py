@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import weakref
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ import numpy.typing as npt
 
 from . import _native
 from ._native import Chunk, DeviceError, Outbox
-from .vocab import Vocab
+from .vocab import Vocab, read_json
 
 Prompt = str | bytes | Sequence[int] | npt.NDArray[np.integer[Any]]
 
@@ -101,10 +100,15 @@ class Engine:
             raise _native.LoadError(f"{directory}: no such directory; expected a weights directory written by tools/convert.py")
         has_tokenizer = any(os.path.isfile(os.path.join(directory, name)) for name in ("tokenizer.json", "tokenizer.model"))
         vocab = Vocab.load(directory) if has_tokenizer else Vocab.none(directory)
+        config = read_json(os.path.join(directory, "config.json"))
+        longest = max((i for i, text in enumerate(vocab.token_bytes) if text), default=-1)
+        if longest >= config.get("vocab", longest + 1):
+            raise _native.LoadError(f"{directory}: the tokenizer has token {longest}, but the model's vocab is {config['vocab']}; expected the model's own tokenizer")
+        if kv_memory_mb < 0:
+            raise ValueError(f"kv_memory_mb is {kv_memory_mb}; expected 0 (a default) or more")
         native = _native.Engine(directory, vocab.token_bytes, device=device, dtype=dtype, tensor_parallel=tensor_parallel, slots=slots,
                                 prefill_tokens=prefill_tokens, max_len=max_len, kv_bytes=kv_memory_mb << 20, queue=queue, threads=threads)
-        with open(os.path.join(directory, "config.json"), encoding="utf-8") as f:
-            self._set(native, vocab, json.load(f))
+        self._set(native, vocab, config)
 
     @classmethod
     def _of(cls, native: _native.Engine, vocab: Vocab, config: dict[str, Any] | None = None) -> Engine:
@@ -178,7 +182,9 @@ class Engine:
         return self._native.cancel(uid)
 
     def stats(self) -> dict[str, Any]:
-        """Counters and the state of the last step; README lists them."""
+        """Now: running and waiting requests, free_pages (of pages, page_tokens each), slots, queue, step_s (moving average).
+        Since the start: steps, prefill_tokens, decode_tokens, wasted_rows (results of requests that had ended), preemptions,
+        submitted, refused, finished (by finish reason). error: what the device failed with, or ""."""
         return self._native.stats()
 
     def close(self, drain_s: float = 0.0) -> None:

@@ -37,7 +37,7 @@ class Vocab:
         """From tokenizer.json or else tokenizer.model; eos and bos from the weights' config.json if it is there, else from the
         tokenizer's own files. LoadError says what is missing or not understood."""
         directory = os.fspath(directory)
-        options = _read_json(os.path.join(directory, "tokenizer_config.json"))
+        options = read_json(os.path.join(directory, "tokenizer_config.json"))
         if os.path.isfile(path := os.path.join(directory, "tokenizer.json")):
             vocab = _from_tokenizer_json(path)
         elif os.path.isfile(path := os.path.join(directory, "tokenizer.model")):
@@ -51,7 +51,7 @@ class Vocab:
                 vocab.eos_ids = [id]
             elif id is not None:
                 vocab.bos_id = id
-        config = _read_json(os.path.join(directory, "config.json"))
+        config = read_json(os.path.join(directory, "config.json"))
         if "format_version" in config:
             vocab.eos_ids = [int(i) for i in config.get("eos_ids", [])]
             vocab.bos_id = int(config.get("bos_id", -1))
@@ -90,7 +90,8 @@ class Vocab:
         return len(self.token_bytes)
 
 
-def _read_json(path: str) -> dict[str, Any]:
+def read_json(path: str) -> dict[str, Any]:
+    """The object in a file, {} without the file; LoadError."""
     if not os.path.isfile(path):
         return {}
     try:
@@ -142,7 +143,7 @@ def _from_tokenizer_json(path: str) -> Vocab:
         raise LoadError(f"{path}: {e}") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    data = _read_json(path)
+    data = read_json(path)
     steps = _decoder_steps(data.get("decoder"))
     kinds = [step.get("type") for step in steps]
     spaced = any(s.get("type") == "Metaspace" or s.get("type") == "Replace" and s.get("pattern", {}).get("String") == _SPACE for s in steps)

@@ -24,8 +24,7 @@ Engine::Engine(std::unique_ptr<Runner> runner, TokenBytes token_bytes, const Eng
       options_(options),
       depth_(options.depth > 0 ? options.depth : runner_->device() == "cpu" ? 1 : 2),
       scheduler_(runner_->limits(), options.prefill_rows) {
-  if (options.queue < 0) throw ValueError(cat("queue is ", options.queue, "; expected 0 or more"));
-  if (options.depth < 0 || options.depth > 2) throw ValueError(cat("depth is ", options.depth, "; expected 0..2"));
+  check(options);
   stats_.slots = scheduler_.limits().slots;
   stats_.queue = options.queue;
   stats_.pages = stats_.free_pages = scheduler_.limits().pages;
@@ -33,6 +32,11 @@ Engine::Engine(std::unique_ptr<Runner> runner, TokenBytes token_bytes, const Eng
 }
 
 Engine::~Engine() { close(0); }
+
+void Engine::check(const EngineOptions& options) {
+  if (options.queue < 0) throw ValueError(cat("queue is ", options.queue, "; expected 0 or more"));
+  if (options.depth < 0 || options.depth > 2) throw ValueError(cat("depth is ", options.depth, "; expected 0..2"));
+}
 
 void Engine::validate(const Request& r) const {
   const Limits& limits = scheduler_.limits();

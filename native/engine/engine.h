@@ -59,6 +59,7 @@ class Engine {
  public:
   Engine(std::unique_ptr<Runner> runner, TokenBytes token_bytes, const EngineOptions& options);
   ~Engine();
+  static void check(const EngineOptions& options);  // ValueError; before a long load
 
   const Runner& runner() const { return *runner_; }
 
