@@ -68,6 +68,7 @@ void CpuOps::plan(const ModelConfig& c, const Limits& limits, bool /*replay*/) {
   row_pages_.reserve(size_t(limits.rows));
   table_of_.assign(size_t(limits.slots), 0);
   last_token_.assign(size_t(limits.slots), 0);
+  for (SampleScratch& s : sampling_) s.reserve(c.vocab);
   for (int t = 0; t < pool_.threads(); ++t) scratch(t, size_t(std::max(c.hidden, limits.max_len)));
 }
 

@@ -63,7 +63,7 @@ void CpuOps::sample(const float* logits, int vocab) {
   out.logprob.resize(size_t(samples));
   pool_.each(samples, [&](int64_t s, int thread) {
     const int position = batch_->position[batch_->logit_row[s]] + 1;
-    sample_row(logits + s * vocab, vocab, batch_->sample[s], position, sampling_[size_t(thread)], out.token[s], out.logprob[s]);
+    sample_row(kernels_, logits + s * vocab, vocab, batch_->sample[s], position, sampling_[size_t(thread)], out.token[s], out.logprob[s]);
   });
   for (int s = 0; s < samples; ++s) last_token_[batch_->slot[batch_->logit_row[s]]] = out.token[s];
 }

@@ -44,6 +44,12 @@ struct Kernels {
   void (*activate)(float* x, int64_t n, Activation act);
   void (*gate)(float* y, const float* gate, const float* up, int64_t n, Activation act);  // y = act(gate) * up
   void (*norm)(float* y, const float* x, const float* weight, const float* bias, NormKind kind, float eps, int n);
+  // The arithmetic of sampling (ops/sampling_rule.h) over many tokens; the results do not depend on the instruction set.
+  void (*order_keys)(uint32_t* key, const float* logits, int64_t n);
+  // d = (logit - top) / temperature, w = exp(d)
+  void (*weigh)(float* d, float* w, const float* logits, float top, float temperature, int64_t n);
+  void (*noise)(float* out /*[4 groups]*/, uint64_t seed, int32_t position, int32_t first_group, int32_t groups);
+  double (*sum_exp)(const float* logits, float top, int64_t n);  // sum of exp(logit - top)
 };
 
 const Kernels* generic_kernels();

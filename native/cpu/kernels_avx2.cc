@@ -5,6 +5,7 @@
 
 #include "cpu/kernels.h"
 #include "ops/batch.h"
+#include "ops/sampling_rule.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -298,4 +298,38 @@ void attend(const AttendArgs& a, float* scores) {
   }
 }
 
-const Kernels kTable = {S::name, matmul, attend, activate, gate, norm};
+// ---- sampling ----------------------------------------------------------------------------------------------------------
+
+void order_keys(uint32_t* key, const float* logits, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) key[i] = rule::order_key(logits[i]);
+}
+
+void weigh(float* d, float* w, const float* logits, float top, float temperature, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) d[i] = rule::div(rule::add(logits[i], -top), temperature);
+  for (int64_t i = 0; i < n; ++i) w[i] = rule::exp_of(d[i]);
+}
+
+void noise(float* out, uint64_t seed, int32_t position, int32_t first_group, int32_t groups) {
+  uint32_t words[256];
+  for (int32_t g = 0; g < groups; g += 64, out += 256) {
+    const int32_t some = groups - g < 64 ? groups - g : 64;
+    for (int32_t i = 0; i < some; ++i) {
+      const uint32_t counter[4] = {uint32_t(first_group + g + i), uint32_t(position), 0, 0};
+      rule::philox(counter, seed, words + 4 * i);
+    }
+    for (int32_t i = 0; i < 4 * some; ++i) out[i] = rule::gumbel_of(words[i]);
+  }
+}
+
+double sum_exp(const float* logits, float top, int64_t n) {
+  float part[256];
+  double sum = 0;
+  for (int64_t i = 0; i < n; i += 256) {
+    const int64_t count = n - i < 256 ? n - i : 256;
+    for (int64_t j = 0; j < count; ++j) part[j] = exp_of(logits[i + j] - top);
+    sum += double(sum_of(part, count));
+  }
+  return sum;
+}
+
+const Kernels kTable = {S::name, matmul, attend, activate, gate, norm, order_keys, weigh, noise, sum_exp};

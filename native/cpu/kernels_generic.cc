@@ -4,6 +4,7 @@
 
 #include "cpu/kernels.h"
 #include "ops/batch.h"
+#include "ops/sampling_rule.h"
 
 namespace codefuse::cpu {
 

@@ -20,6 +20,9 @@ namespace codefuse::cpu {
 
 namespace {
 
+constexpr int kBlock = 256;          // tokens whose noise is made at once
+constexpr float kMostNoise = 22.9f;  // above the greatest gumbel_of()
+
 // The greatest key t such that the tokens with key >= t have at least `need` of mass_of(token): digit by digit from the top.
 template <class MassOf>
 uint32_t select_key(const uint32_t* key, int n, uint64_t need, MassOf mass_of) {
@@ -37,47 +40,45 @@ uint32_t select_key(const uint32_t* key, int n, uint64_t need, MassOf mass_of) {
 
 }  // namespace
 
-void sample_row(const float* logits, int vocab, const SampleParams& p, int position, SampleScratch& s, int32_t& token, float& logprob) {
-  s.key.resize(vocab);
-  int best = 0;
-  for (int i = 0; i < vocab; ++i) {
-    s.key[i] = rule::order_key(logits[i]);
-    if (s.key[i] > s.key[best]) best = i;
-  }
-  const float m = logits[best];
-  double sum = 0;
-  for (int i = 0; i < vocab; ++i) sum += std::exp(logits[i] - m);
+void sample_row(const Kernels& kernels, const float* logits, int vocab, const SampleParams& p, int position, SampleScratch& s,
+                int32_t& token, float& logprob) {
+  s.key.resize(size_t(vocab));
+  const uint32_t* key = s.key.data();
+  kernels.order_keys(s.key.data(), logits, vocab);
+  token = 0;
+  for (int i = 1; i < vocab; ++i)
+    if (key[i] > key[token]) token = i;
+  const float m = logits[token];
 
-  token = best;
   if (p.temperature > 0) {
-    s.d.resize(vocab);
-    s.w.resize(vocab);
-    for (int i = 0; i < vocab; ++i) {
-      s.d[i] = rule::div(rule::add(logits[i], -m), p.temperature);
-      s.w[i] = rule::exp_of(s.d[i]);
-    }
+    s.d.resize(size_t(vocab));
+    s.w.resize(size_t(vocab));
+    const float *d = s.d.data(), *w = s.w.data();
+    kernels.weigh(s.d.data(), s.w.data(), logits, m, p.temperature, vocab);
     uint32_t t = 1;  // everything but NaN
-    if (p.top_k > 0 && p.top_k < vocab) t = std::max(t, select_key(s.key.data(), vocab, uint64_t(p.top_k), [](int) { return 1; }));
+    if (p.top_k > 0 && p.top_k < vocab) t = std::max(t, select_key(key, vocab, uint64_t(p.top_k), [](int) { return 1; }));
     if (p.top_p < 1) {
-      auto mass = [&](int i) { return s.key[i] >= t ? rule::mass_of(s.w[i]) : 0; };
+      const auto mass = [&](int i) { return key[i] >= t ? rule::mass_of(w[i]) : 0; };
       uint64_t total = 0;
       for (int i = 0; i < vocab; ++i) total += mass(i);
-      t = std::max(t, select_key(s.key.data(), vocab, rule::mass_needed(p.top_p, total), mass));
+      t = std::max(t, select_key(key, vocab, rule::mass_needed(p.top_p, total), mass));
     }
-    float best_score = -std::numeric_limits<float>::infinity(), noise[4];
-    for (int group = 0; group * 4 < vocab; ++group) {
-      auto kept = [&](int i) { return i < vocab && s.key[i] >= t && s.w[i] >= p.min_p; };
-      const int i = group * 4;
-      if (!(kept(i) || kept(i + 1) || kept(i + 2) || kept(i + 3))) continue;
-      rule::gumbel4(p.seed, position, group, noise);
-      for (int j = 0; j < 4; ++j) {
-        if (!kept(i + j)) continue;
-        float score = rule::add(s.d[i + j], noise[j]);
-        if (score > best_score) best_score = score, token = i + j;
+    float best = -std::numeric_limits<float>::infinity();
+    for (int begin = 0; begin < vocab; begin += kBlock) {
+      const int end = std::min(vocab, begin + kBlock);
+      float top = -std::numeric_limits<float>::infinity();
+      for (int i = begin; i < end; ++i)
+        if (key[i] >= t && w[i] >= p.min_p && d[i] > top) top = d[i];
+      if (!(top + kMostNoise > best)) continue;  // none here can win
+      float noise[kBlock];
+      kernels.noise(noise, p.seed, position, begin / 4, (end - begin + 3) / 4);
+      for (int i = begin; i < end; ++i) {
+        const float score = rule::add(d[i], noise[i - begin]);
+        if (key[i] >= t && w[i] >= p.min_p && score > best) best = score, token = i;
       }
     }
   }
-  logprob = float(double(logits[token]) - m - std::log(sum));
+  logprob = float(double(logits[token]) - m - std::log(kernels.sum_exp(logits, m, vocab)));
 }
 
 }  // namespace codefuse::cpu

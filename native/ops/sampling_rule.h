@@ -9,7 +9,7 @@
 #ifdef __CUDACC__
 #define CODEFUSE_HD __host__ __device__ __forceinline__
 #else
-#define CODEFUSE_HD inline
+#define CODEFUSE_HD inline __attribute__((always_inline))  // so that loops over them vectorize
 #endif
 
 namespace codefuse::rule {
