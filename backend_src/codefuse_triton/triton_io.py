@@ -14,9 +14,11 @@ from .request import parse, parse_settings
 from .serve import SHUTTING_DOWN, Draining, Service
 
 
-def _error(message: str, code: str) -> pb_utils.InferenceResponse:
-    """code: a constant of TritonError. (pb_utils is filled only after this module has been imported.)"""
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, getattr(pb_utils.TritonError, code)))
+def _error(message: str, status: str) -> pb_utils.InferenceResponse:
+    """status: the gRPC name; it is part of the text too, since an error on a stream carries no other."""
+    # pb_utils is filled only after this module has been imported
+    code = getattr(pb_utils.TritonError, "INVALID_ARG" if status == "INVALID_ARGUMENT" else status)
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{message} [{status}]", code))
 
 
 def _finish(sender: Any, response: pb_utils.InferenceResponse | None = None) -> None:
@@ -70,7 +72,7 @@ class TokenizerModel:
         try:
             ids = self._encode(pb_utils.get_input_tensor_by_name(request, "text_input"))
         except ValueError as error:
-            return _error(str(error), "INVALID_ARG")
+            return _error(str(error), "INVALID_ARGUMENT")
         return pb_utils.InferenceResponse([pb_utils.Tensor("input_ids", ids[None]), _tensor("heartbeat", True, np.bool_)])
 
     def _encode(self, tensor: Any) -> np.ndarray:
@@ -184,7 +186,7 @@ class GeneratorModel:
             parsed = parse(given, parameters, exclude_input=self._exclude_input)
             self._service.submit(parsed, _Sender(sender, parsed.submit["logprobs"]))
         except ValueError as error:
-            _finish(sender, _error(str(error), "INVALID_ARG"))
+            _finish(sender, _error(str(error), "INVALID_ARGUMENT"))
         except (QueueFull, Draining) as error:
             _finish(sender, _error(str(error), "UNAVAILABLE"))
         except Exception as error:  # the server must outlive a bug: answer this request

@@ -6,7 +6,7 @@ from typing import Any, AsyncIterator
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from .protocol import CHANNEL_OPTIONS, METADATA, Chunk, Progress, Result, error_from_status, make_request
+from .protocol import CHANNEL_OPTIONS, Chunk, Progress, Result, error_from_status, make_request
 
 
 class AsyncStream(AsyncIterator[Chunk]):
@@ -17,12 +17,9 @@ class AsyncStream(AsyncIterator[Chunk]):
         self._progress = Progress()
 
     async def __anext__(self) -> Chunk:
-        if self._progress.result is not None:
-            await self.aclose()  # nothing follows the chunk with the finish reason
-            raise StopAsyncIteration
         try:
             while True:
-                response = await self._call.read()
+                response = await self._call.read()  # the server ends the stream after the last chunk
                 if response is grpc.aio.EOF:
                     self._progress.end()
                     raise StopAsyncIteration
@@ -42,7 +39,14 @@ class AsyncStream(AsyncIterator[Chunk]):
 
     async def aclose(self) -> None:
         """Cancels the request unless it has ended. May be repeated."""
-        self._call.cancel()
+        if not self._progress.finished:
+            self._call.cancel()
+            return
+        try:
+            while await self._call.read() is not grpc.aio.EOF:
+                pass
+        except grpc.RpcError:
+            pass
 
     async def __aenter__(self) -> AsyncStream:
         return self
@@ -78,7 +82,7 @@ class AsyncClient:
             return stream.result
 
     def _call(self, request: service_pb2.ModelInferRequest, timeout_s: float | None) -> AsyncStream:
-        return AsyncStream(self._stub.ModelStreamInfer(iter([request]), timeout=timeout_s, metadata=METADATA))
+        return AsyncStream(self._stub.ModelStreamInfer(iter([request]), timeout=timeout_s))
 
     async def close(self) -> None:
         await self._channel.close()

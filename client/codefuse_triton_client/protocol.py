@@ -1,6 +1,7 @@
 """What goes over the wire: options to a ModelInferRequest, responses to chunks and a result. No I/O."""
 from __future__ import annotations
 
+import re
 import struct
 import time
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from tritonclient.grpc import service_pb2
 
 CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1),
                    ("grpc.primary_user_agent", "codefuse-triton-client")]
-METADATA = (("triton_grpc_error", "true"),)  # errors as gRPC status codes, on servers that know it
+_CODE = re.compile(r" \[([A-Z_]+)\]$")  # an error on a stream carries no status: the server's models put it into the text
+# (the header triton_grpc_error would make Triton send a status, but 24.10 may crash on it)
 
 # keyword -> tensor, Triton type
 OPTIONS = {
@@ -125,11 +127,17 @@ def make_request(model: str, prompt: str | bytes, *, stream: bool, request_id: s
     return request
 
 
+def _error(message: str, code: str = "UNKNOWN") -> CompletionError:
+    match = _CODE.search(message)
+    if match:
+        message, code = message[:match.start()], match.group(1)
+    message = re.sub(r"^in ensemble '[^']*', ", "", message)
+    return InvalidRequest(message, code) if code == "INVALID_ARGUMENT" else CompletionError(message, code)
+
+
 def error_from_status(error: grpc.RpcError) -> CompletionError:
-    code, message = error.code(), error.details() or str(error)
-    name = code.name if code is not None else "UNKNOWN"
-    kind = InvalidRequest if name == "INVALID_ARGUMENT" else CompletionError
-    return kind(message, name)
+    code = error.code()
+    return _error(error.details() or str(error), code.name if code is not None else "UNKNOWN")
 
 
 class Progress:
@@ -142,11 +150,15 @@ class Progress:
         self._log_probs: list[float] = []
         self._next_index = 0
         self.result: Result | None = None
+        self.error: CompletionError | None = None
 
     def take(self, response: service_pb2.ModelStreamInferResponse) -> Chunk | None:
-        """None: a response without tensors (only a final flag)."""
+        """None: nothing to show (a final flag, an error)."""
+        if self.error is not None:
+            return None
         if response.error_message:
-            raise CompletionError(response.error_message)
+            self.error = _error(response.error_message)
+            return None
         infer = response.infer_response
         if not infer.outputs:
             return None
@@ -177,8 +189,16 @@ class Progress:
                 tuple(self._log_probs), Timings(*read("timings", [0.0] * 3), self._first, now))
         return chunk
 
+    @property
+    def finished(self) -> bool:
+        """The server has said its last word."""
+        return self.result is not None or self.error is not None
+
     def end(self) -> Result:
-        """At the end of the stream."""
+        """At the end of the stream. An error is raised here, not when it comes: Triton keeps the memory of a request whose
+        stream is cancelled after its last response, so every stream is read to its end."""
+        if self.error is not None:
+            raise self.error
         if self.result is None:
             raise CompletionError("the stream ended before the text was finished", "UNAVAILABLE")
         return self.result

@@ -6,7 +6,7 @@ from typing import Any, Iterator
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from .protocol import CHANNEL_OPTIONS, METADATA, Chunk, Progress, Result, error_from_status, make_request
+from .protocol import CHANNEL_OPTIONS, Chunk, Progress, Result, error_from_status, make_request
 
 
 class Stream(Iterator[Chunk]):
@@ -17,12 +17,9 @@ class Stream(Iterator[Chunk]):
         self._progress = Progress()
 
     def __next__(self) -> Chunk:
-        if self._progress.result is not None:
-            self.close()  # nothing follows the chunk with the finish reason
-            raise StopIteration
         try:
             while True:
-                response = next(self._call, None)
+                response = next(self._call, None)  # the server ends the stream after the last chunk
                 if response is None:
                     self._progress.end()
                     raise StopIteration
@@ -43,7 +40,14 @@ class Stream(Iterator[Chunk]):
 
     def close(self) -> None:
         """Cancels the request unless it has ended. May be repeated."""
-        self._call.cancel()
+        if not self._progress.finished:
+            self._call.cancel()
+            return
+        try:
+            for _ in self._call:
+                pass
+        except grpc.RpcError:
+            pass
 
     def __enter__(self) -> Stream:
         return self
@@ -52,8 +56,8 @@ class Stream(Iterator[Chunk]):
         self.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_call"):
-            self._call.cancel()
+        if hasattr(self, "_progress"):
+            self.close()
 
 
 class Client:
@@ -77,7 +81,7 @@ class Client:
             return stream.result
 
     def _call(self, request: service_pb2.ModelInferRequest, timeout_s: float | None) -> Stream:
-        return Stream(self._stub.ModelStreamInfer(iter([request]), timeout=timeout_s, metadata=METADATA))
+        return Stream(self._stub.ModelStreamInfer(iter([request]), timeout=timeout_s))
 
     def is_ready(self, timeout_s: float = 2.0) -> bool:
         try:
