@@ -1,30 +1,30 @@
-// Attention of single rows over their pages. Positions are taken in splits of 128 tokens aligned at 0, a split by one block in 8
-// warps of 16 tokens; softmax sums of the warps, then of the splits, are combined in order. So a row's result depends on its
-// position alone, not on how many blocks share its splits. Any head_dim up to 256 that is a multiple of 8.
+// Attention of single rows over their pages. Positions are taken in splits of 128 tokens aligned at 0, a split by one block, an
+// equal part of it by each warp; softmax sums of the warps, then of the splits, are combined in order. So a row's result depends
+// on its position alone, not on how many blocks share its splits. Any head_dim up to 256 that is a multiple of 8.
+// K and V of a split are read into registers at once: those of earlier steps before the kernel waits for its predecessor, those of
+// the next split while this one's parts are combined.
 #include "cuda/kernels.h"
 
 namespace codefuse::cuda {
 
 namespace {
 
-constexpr int kWarps = 8, kWarpTokens = kSplitTokens / kWarps;
-
 struct Args {
-  const int32_t *slot, *position, *sequence, *table;
-  int max_pages, row0, heads, kv_heads, head_dim, window;
-  float scale;
+  StepMeta m;
+  int row0, heads, kv_heads, head_dim, window;
+  float scale;       // log2(e) / sqrt(head_dim)
   float* partial;    // [rows, heads, splits, head_dim + 2]: sum of p v, greatest score, sum of p
   int32_t* arrived;  // [rows, kv_heads]
   int splits;
 };
 
-// 8 elements, 16 bytes at a time
+// 8 elements, 16 bytes at a time; not through L1, which could hold a line from before another kernel wrote to it
 template <class T> struct Eight { uint4 raw[sizeof(T) / 2]; };
 template <class T>
 __device__ __forceinline__ Eight<T> load8(const T* p) {
   Eight<T> v;
 #pragma unroll
-  for (int i = 0; i < int(sizeof(T) / 2); ++i) v.raw[i] = reinterpret_cast<const uint4*>(p)[i];
+  for (int i = 0; i < int(sizeof(T) / 2); ++i) v.raw[i] = __ldcg(reinterpret_cast<const uint4*>(p) + i);
   return v;
 }
 __device__ __forceinline__ void unpack(const Eight<float>& v, float (&f)[8]) {
@@ -46,148 +46,204 @@ __device__ __forceinline__ void unpack(const Eight<T>& v, float (&f)[8]) {
   }
 }
 
-// LANES lanes hold one token's head; a warp looks at 32 / LANES tokens at a time. grid: (blocks sharing splits, kv_heads, rows)
-template <class T, int LANES>
-__global__ void __launch_bounds__(kWarps * 32) attend_rows(T* __restrict__ out, const T* __restrict__ qkv, const T* __restrict__ keys,
-                                                            const T* __restrict__ values, const Args a) {
-  constexpr int kRound = 32 / LANES, kRounds = kWarpTokens / kRound;       // tokens at a time
-  constexpr int kBatch = kRounds < 8 ? kRounds : (sizeof(T) == 2 ? 8 : 4);  // rounds whose loads are in flight together
-  __shared__ float sums[kWarps][256], tops[kWarps], weights[kWarps];
+// LANES lanes hold one token's head; a warp looks at 32 / LANES tokens at a time. HOLD: there are registers for V beside K.
+// grid: (kv_heads, rows, blocks sharing splits)
+template <class T, int LANES, int WARPS, bool HOLD>
+__global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) attend_rows(T* __restrict__ out, const T* __restrict__ qkv, const T* __restrict__ keys,
+                                                                       const T* __restrict__ values, const Args a) {
+  constexpr int kTokens = kSplitTokens / WARPS, kRound = 32 / LANES, kRounds = kTokens / kRound;  // tokens of a warp, and at a time
+  constexpr int kSame = LANES / kRounds;   // lanes that come to hold one token's score
+  constexpr int kOwn = 8 / kRound;         // elements of the head that a lane comes to hold
+  constexpr int kMerge = 16;               // splits combined at once
+  __shared__ __align__(16) float sums[2][WARPS][LANES * 8];
+  __shared__ float tops[2][WARPS], weights[2][WARPS];
   __shared__ int is_last;
   launch_dependents();
-  grid_wait();
-  const int row = a.row0 + blockIdx.z, kv_head = blockIdx.y, d = a.head_dim, group = a.heads / a.kv_heads;
-  if (a.slot[row] < 0) return;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, at = lane % LANES * 8;
-  const int last = a.position[row], first = a.window > 0 ? max(0, last - a.window + 1) : 0;
+  const int row = a.row0 + blockIdx.y, kv_head = blockIdx.x, d = a.head_dim, group = a.heads / a.kv_heads;
+  const int last = a.m.position[row], first = a.window > 0 ? max(0, last - a.window + 1) : 0;
   const int first_split = first / kSplitTokens, splits = last / kSplitTokens - first_split + 1;
-  if (int(blockIdx.x) >= splits) return;
-  const int32_t* table = a.table + int64_t(a.sequence[row]) * a.max_pages;
+  const int each = (splits + gridDim.z - 1) / gridDim.z, share = (splits + each - 1) / each;  // blocks that have splits
+  if (int(blockIdx.z) >= share || a.m.slot[row] < 0) {
+    if (blockIdx.x + blockIdx.y + blockIdx.z == 0) grid_wait();
+    return;  // a block of this kernel waits, so it ends after its predecessors
+  }
+  const int settled = a.m.settled ? a.m.settled[row] : 0;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, at = lane % LANES * 8;
+  const int32_t* table = a.m.table + int64_t(a.m.sequence[row]) * a.m.max_pages;
   const bool active = at < d;
+  const int64_t round_stride = int64_t(kRound) * d;
   qkv += int64_t(row) * (a.heads + 2 * a.kv_heads) * d + kv_head * group * d;
   out += (int64_t(row) * a.heads + kv_head * group) * d;
-  float* partial = a.partial + (int64_t(blockIdx.z) * a.heads + kv_head * group) * a.splits * (d + 2);
+  float* const partial = a.partial + (int64_t(blockIdx.y) * a.heads + kv_head * group) * a.splits * (d + 2);
 
-  for (int split = blockIdx.x; split < splits; split += gridDim.x) {
-    const int token0 = (first_split + split) * kSplitTokens + warp * kWarpTokens + lane / LANES;
-    auto load = [&](const T* base, int round) {
-      const int token = token0 + round * kRound;
-      Eight<T> v = {};
-      if (active && token >= first && token <= last) {
-        const int64_t page = table[token / kPageTokens];
-        v = load8(base + ((page * a.kv_heads + kv_head) * kPageTokens + token % kPageTokens) * d + at);
-      }
-      return v;
-    };
-    for (int h = 0; h < group; ++h) {
-      float q[8] = {}, score[kRounds], top = -INFINITY;
+  const auto token_of = [&](int split) { return (first_split + split) * kSplitTokens + warp * kTokens; };  // the warp's first
+  const auto page_of = [&](int split) { return split < splits && token_of(split) <= last ? table[token_of(split) / kPageTokens] : 0; };
+  // the lane's part of tokens [from, to)
+  const auto load = [&](Eight<T>(&to)[kRounds], const T* base, int split, int page, int from, int end) {
+    const int token0 = token_of(split) + lane / LANES;
+    const T* p = base + ((int64_t(page) * a.kv_heads + kv_head) * kPageTokens + token0 % kPageTokens) * d + at;
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r)
+      if (active && token0 + r * kRound >= from && token0 + r * kRound < end) to[r] = load8(p + r * round_stride);
+  };
+
+  Eight<T> k[kRounds] = {}, v[kRounds] = {};
+  int split = blockIdx.z, page = page_of(split), buffer = 0;
+  load(k, keys, split, page, first, min(settled, last + 1));
+  if (HOLD) load(v, values, split, page, first, min(settled, last + 1));
+  grid_wait();
+  load(k, keys, split, page, max(first, settled), last + 1);
+  if (HOLD) load(v, values, split, page, max(first, settled), last + 1);
+
+  for (; split < splits; split += share) {
+    const int next_page = page_of(split + share);
+    const int mine = token_of(split) + lane % LANES / kSame * kRound + lane / LANES;  // whose score this lane comes to hold
+    for (int h = 0; h < group; ++h, buffer ^= 1) {
+      float q[8] = {}, z[kRounds];
       if (active) unpack(load8(qkv + h * d + at), q);
 #pragma unroll
-      for (int r0 = 0; r0 < kRounds; r0 += kBatch) {
-        Eight<T> k[kBatch];
+      for (int i = 0; i < 8; ++i) q[i] *= a.scale;
+      if (!HOLD && (h > 0 || split != int(blockIdx.z))) load(k, keys, split, page, first, last + 1);
 #pragma unroll
-        for (int r = 0; r < kBatch; ++r) k[r] = load(keys, r0 + r);
+      for (int r = 0; r < kRounds; ++r) {
+        float f[8];
+        unpack(k[r], f);
+        z[r] = 0.f;
 #pragma unroll
-        for (int r = 0; r < kBatch; ++r) {
-          float f[8], z = 0.f;
-          unpack(k[r], f);
+        for (int i = 0; i < 8; ++i) z[r] = fmaf(q[i], f[i], z[r]);
+      }
+      // sums over the lanes of a token: each exchange halves the tokens a lane goes on with
 #pragma unroll
-          for (int i = 0; i < 8; ++i) z = fmaf(q[i], f[i], z);
+      for (int n = kRounds / 2, o = LANES / 2; n > 0; n /= 2, o /= 2) {
+        const bool upper = lane & o;
 #pragma unroll
-          for (int o = LANES / 2; o > 0; o /= 2) z += __shfl_xor_sync(~0u, z, o);
-          const int token = token0 + (r0 + r) * kRound;
-          score[r0 + r] = token >= first && token <= last ? z * a.scale : -INFINITY;
-          top = fmaxf(top, score[r0 + r]);
+        for (int i = 0; i < n; ++i) {
+          const float other = __shfl_xor_sync(~0u, upper ? z[i] : z[i + n], o);
+          z[i] = (upper ? z[i + n] : z[i]) + other;
         }
       }
 #pragma unroll
-      for (int o = 16; o >= LANES; o /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, o));
-      float acc[8] = {}, weight = 0.f;
+      for (int o = kSame / 2; o > 0; o /= 2) z[0] += __shfl_xor_sync(~0u, z[0], o);
+      const float score = mine >= first && mine <= last ? z[0] : -INFINITY;
+      float top = score;
 #pragma unroll
-      for (int r0 = 0; r0 < kRounds; r0 += kBatch) {
-        Eight<T> v[kBatch];
+      for (int o = 16; o >= kSame; o /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, o));
+      const float p = score == -INFINITY ? 0.f : exp2f(score - top);
+      float weight = p, acc[8] = {};
 #pragma unroll
-        for (int r = 0; r < kBatch; ++r) v[r] = load(values, r0 + r);
+      for (int o = 16; o >= kSame; o /= 2) weight += __shfl_xor_sync(~0u, weight, o);
+      if (!HOLD) {
 #pragma unroll
-        for (int r = 0; r < kBatch; ++r) {
-          const float p = score[r0 + r] == -INFINITY ? 0.f : __expf(score[r0 + r] - top);
-          float f[8];
-          unpack(v[r], f);
-          weight += p;
+        for (int r = 0; r < kRounds; ++r) v[r] = {};
+        load(v, values, split, page, first, last + 1);
+      }
 #pragma unroll
-          for (int i = 0; i < 8; ++i) acc[i] = fmaf(p, f[i], acc[i]);
+      for (int r = 0; r < kRounds; ++r) {
+        const float w = __shfl_sync(~0u, p, lane / LANES * LANES + r * kSame);
+        float f[8];
+        unpack(v[r], f);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) acc[i] = fmaf(w, f[i], acc[i]);
+      }
+      if (HOLD && h == group - 1 && split + share < splits) {
+#pragma unroll
+        for (int r = 0; r < kRounds; ++r) v[r] = {};
+        load(k, keys, split + share, next_page, first, last + 1);
+        load(v, values, split + share, next_page, first, last + 1);
+      }
+      int own = at;
+#pragma unroll
+      for (int n = 4, o = 16; o >= LANES; n /= 2, o /= 2) {
+        const bool upper = lane & o;
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+          const float other = __shfl_xor_sync(~0u, upper ? acc[i] : acc[i + n], o);
+          acc[i] = (upper ? acc[i + n] : acc[i]) + other;
         }
+        own += upper ? n : 0;
       }
 #pragma unroll
-      for (int o = 16; o >= LANES; o /= 2) {
-        weight += __shfl_xor_sync(~0u, weight, o);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) acc[i] += __shfl_xor_sync(~0u, acc[i], o);
-      }
-      if (lane < LANES && active)
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sums[warp][at + i] = acc[i];
-      if (lane == 0) tops[warp] = top, weights[warp] = weight;
+      for (int i = 0; i < kOwn; i += 2) *reinterpret_cast<float2*>(&sums[buffer][warp][own + i]) = make_float2(acc[i], acc[i + 1]);
+      if (lane == 0) tops[buffer][warp] = top, weights[buffer][warp] = weight;
       __syncthreads();
       if (int(threadIdx.x) < d) {
-        float most = tops[0];
+        float most = tops[buffer][0], sum = 0.f, total = 0.f;
 #pragma unroll
-        for (int w = 1; w < kWarps; ++w) most = fmaxf(most, tops[w]);
-        float z = 0.f, total = 0.f;
+        for (int w = 1; w < WARPS; ++w) most = fmaxf(most, tops[buffer][w]);
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w) {
-          const float scale = __expf(tops[w] - most);  // 0 for a warp without tokens
-          z = fmaf(scale, sums[w][threadIdx.x], z);
-          total = fmaf(scale, weights[w], total);
+        for (int w = 0; w < WARPS; ++w) {
+          const float scale = exp2f(tops[buffer][w] - most);  // 0 for a warp without tokens
+          sum = fmaf(scale, sums[buffer][w][threadIdx.x], sum);
+          total = fmaf(scale, weights[buffer][w], total);
         }
         if (splits == 1) {
-          out[h * d + threadIdx.x] = from_float<T>(z / total);
+          out[h * d + threadIdx.x] = from_float<T>(sum / total);
         } else {
-          float* p = partial + (int64_t(h) * a.splits + split) * (d + 2);
-          __stcg(p + threadIdx.x, z);
-          if (threadIdx.x == 0) __stcg(p + d, most), __stcg(p + d + 1, total);
+          float* to = partial + (int64_t(h) * a.splits + split) * (d + 2);
+          __stcg(to + threadIdx.x, sum);
+          if (threadIdx.x == 0) __stcg(reinterpret_cast<float2*>(to + d), make_float2(most, total));
         }
       }
-      __syncthreads();
     }
+    page = next_page;
   }
   if (splits == 1) return;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    int32_t* arrived = a.arrived + blockIdx.z * a.kv_heads + kv_head;
-    is_last = atomicAdd(arrived, 1) == min(int(gridDim.x), splits) - 1;
-    if (is_last) *arrived = 0;
-  }
-  __syncthreads();
-  if (!is_last || int(threadIdx.x) >= d) return;
-  __threadfence();
-  for (int h = 0; h < group; ++h) {
-    const float* p = partial + int64_t(h) * a.splits * (d + 2);
-    float most = -INFINITY, z = 0.f, total = 0.f;
-#pragma unroll 8
-    for (int i = 0; i < splits; ++i) most = fmaxf(most, __ldcg(p + int64_t(i) * (d + 2) + d));
-#pragma unroll 8
-    for (int i = 0; i < splits; ++i) {
-      const float scale = __expf(__ldcg(p + int64_t(i) * (d + 2) + d) - most);
-      z = fmaf(scale, __ldcg(p + int64_t(i) * (d + 2) + threadIdx.x), z);
-      total = fmaf(scale, __ldcg(p + int64_t(i) * (d + 2) + d + 1), total);
+  if (share > 1) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      int32_t* arrived = a.arrived + blockIdx.y * a.kv_heads + kv_head;
+      is_last = atomicAdd(arrived, 1) == share - 1;
+      if (is_last) *arrived = 0;
     }
-    out[h * d + threadIdx.x] = from_float<T>(z / total);
+    __syncthreads();
+    if (!is_last) return;
+    __threadfence();
+  } else {
+    __syncthreads();
+  }
+  for (int i = threadIdx.x; i < group * d; i += WARPS * 32) {
+    const int h = i / d, e = i % d;
+    const float* p = partial + int64_t(h) * a.splits * (d + 2);
+    float most = -INFINITY, sum = 0.f, total = 0.f;
+    for (int s0 = 0; s0 < splits; s0 += kMerge) {
+      float value[kMerge];
+      float2 part[kMerge];
+#pragma unroll
+      for (int j = 0; j < kMerge; ++j) {
+        const bool there = s0 + j < splits;
+        value[j] = there ? __ldcg(p + int64_t(s0 + j) * (d + 2) + e) : 0.f;
+        part[j] = there ? __ldcg(reinterpret_cast<const float2*>(p + int64_t(s0 + j) * (d + 2) + d)) : make_float2(-INFINITY, 0.f);
+      }
+      float top = most;
+#pragma unroll
+      for (int j = 0; j < kMerge; ++j) top = fmaxf(top, part[j].x);
+      const float before = exp2f(most - top);
+      sum *= before, total *= before, most = top;
+#pragma unroll
+      for (int j = 0; j < kMerge; ++j) {
+        const float scale = exp2f(part[j].x - top);
+        sum = fmaf(scale, value[j], sum);
+        total = fmaf(scale, part[j].y, total);
+      }
+    }
+    out[i] = from_float<T>(sum / total);
   }
 }
 
 template <class T>
 void run(const Stream& s, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, int row, int rows, const AttentionShape& a, const AttentionScratch& scratch) {
-  Args args{m.slot, m.position, m.sequence, m.table, m.max_pages, row, a.heads, a.kv_heads, a.head_dim, a.window, 1.f / sqrtf(float(a.head_dim)),
-            scratch.partial, scratch.arrived, scratch.splits};
-  auto kernel = a.head_dim <= 64 ? attend_rows<T, 8> : a.head_dim <= 128 ? attend_rows<T, 16> : attend_rows<T, 32>;
+  Args args{m, row, a.heads, a.kv_heads, a.head_dim, a.window, 1.44269504088896341f / sqrtf(float(a.head_dim)), scratch.partial, scratch.arrived, scratch.splits};
+  constexpr bool f32 = sizeof(T) == 4;
+  constexpr int kHalfWarps = f32 ? 16 : 8;  // so that K and V of a split are 64 registers
+  const auto kernel = a.head_dim <= 64 ? attend_rows<T, 8, 8, true> : a.head_dim <= 128 ? attend_rows<T, 16, kHalfWarps, true> : attend_rows<T, 32, 16, !f32>;
+  const int threads = a.head_dim <= 64 ? 256 : a.head_dim <= 128 ? kHalfWarps * 32 : 512;
   for (; args.row0 < row + rows; args.row0 += scratch.rows) {
-    const int count = std::min(scratch.rows, row + rows - args.row0);
-    // about four blocks per multiprocessor; a block without a split ends at once
-    const int share = std::max(1, std::min(scratch.splits, 4 * s.sms / (a.kv_heads * count)));
-    launch(s, kernel, dim3(share, a.kv_heads, count), kWarps * 32, 0, static_cast<T*>(out), static_cast<const T*>(qkv),
-           static_cast<const T*>(kv.k), static_cast<const T*>(kv.v), args);
+    const int count = std::min(scratch.rows, row + rows - args.row0), heads = a.kv_heads * count;
+    // few rows: one wave of blocks, so that the next kernel can start; a block without a split ends at once
+    const int share = std::max(1, std::min(scratch.splits, (heads <= s.sms ? 2 : 6) * s.sms / heads));
+    launch(s, kernel, dim3(a.kv_heads, count, share), threads, 0, static_cast<T*>(out), static_cast<const T*>(qkv), static_cast<const T*>(kv.k),
+           static_cast<const T*>(kv.v), args);
   }
 }
 

@@ -24,6 +24,7 @@ struct StepMeta {
   const int32_t* logit_row = nullptr;       // [S]
   const SampleParams* sample = nullptr;     // [S]
   const int4* tiles = nullptr;        // runs of at most kTileRows prefill rows: first row, rows, position, row of table
+  const int32_t* settled = nullptr;   // [T] tokens of the row's sequence whose K and V earlier steps stored; nullptr: 0
   int max_pages = 0;
 };
 constexpr int kTileRows = 64;

@@ -34,9 +34,9 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
   replay_ = replay;
   planned_ = true;
 
-  // staging: token, slot, position, sequence [rows] | logit_row, sample [samples] | table | tiles
+  // staging: token, slot, position, sequence, settled [rows] | logit_row, sample [samples] | table | tiles
   const size_t rows = aligned(size_t(limits.rows) * 4);
-  size_t at = 4 * rows;
+  size_t at = 5 * rows;
   const size_t logit_row_at = at, sample_at = at += aligned(kDecodeRows * 4);
   table_at_ = at += aligned(kDecodeRows * sizeof(SampleParams));
   tiles_at_ = at += aligned(size_t(limits.slots) * limits.max_pages() * 4);
@@ -47,6 +47,7 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
   meta_.slot = reinterpret_cast<int32_t*>(d + rows);
   meta_.position = reinterpret_cast<int32_t*>(d + 2 * rows);
   meta_.sequence = reinterpret_cast<int32_t*>(d + 3 * rows);
+  meta_.settled = reinterpret_cast<int32_t*>(d + 4 * rows);
   meta_.logit_row = reinterpret_cast<int32_t*>(d + logit_row_at);
   meta_.sample = reinterpret_cast<SampleParams*>(d + sample_at);
   meta_.table = reinterpret_cast<int32_t*>(d + table_at_);
@@ -91,12 +92,16 @@ void CudaOps::fill_meta(const Batch& b, int padded, int ticket) {
   auto* slot = reinterpret_cast<int32_t*>(host(meta_.slot));
   auto* position = reinterpret_cast<int32_t*>(host(meta_.position));
   auto* sequence = reinterpret_cast<int32_t*>(host(meta_.sequence));
+  auto* settled = reinterpret_cast<int32_t*>(host(meta_.settled));
   auto* logit_row = reinterpret_cast<int32_t*>(host(meta_.logit_row));
   auto* sample = reinterpret_cast<SampleParams*>(host(meta_.sample));
   std::vector<int> table_of(size_t(limits_.slots), 0);
   for (size_t i = 0; i < b.table_slot.size(); ++i) table_of[size_t(b.table_slot[i])] = int(i);
+  std::vector<int> stored(size_t(limits_.slots), INT32_MAX);  // the first token of each sequence that this step stores
+  for (int t = 0; t < b.rows(); ++t) stored[size_t(b.slot[t])] = std::min(stored[size_t(b.slot[t])], b.position[t]);
+  for (int t = 0; t < b.rows(); ++t) settled[t] = stored[size_t(b.slot[t])];
   for (int t = 0; t < b.rows(); ++t) token[t] = b.token[t], slot[t] = b.slot[t], position[t] = b.position[t], sequence[t] = table_of[b.slot[t]];
-  for (int t = b.rows(); t < padded; ++t) token[t] = 0, slot[t] = -1, position[t] = 0, sequence[t] = 0;
+  for (int t = b.rows(); t < padded; ++t) token[t] = 0, slot[t] = -1, position[t] = 0, sequence[t] = 0, settled[t] = 0;
   for (int i = 0; i < b.samples(); ++i) logit_row[i] = b.logit_row[i], sample[i] = b.sample[i];
   if (padded > b.rows())
     for (int i = b.samples(); i < padded; ++i) logit_row[i] = i, sample[i] = SampleParams{};
