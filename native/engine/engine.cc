@@ -207,20 +207,23 @@ void Engine::collect() {
   const Clock::time_point now = Clock::now();
   const double took = seconds(std::max(launched_[ticket], collected_), now);
   collected_ = now;
-  int64_t used = 0;
-  for (size_t i = 0; i < step.sampled.size(); ++i) {
-    if (!scheduler_.accept(step.sampled[i], sampled.token[i])) continue;
-    ++used;
+  size_t used = 0;
+  for (size_t i = 0; i < step.sampled.size(); ++i)
+    if (scheduler_.accept(step.sampled[i], sampled.token[i])) used_[used++] = i;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);  // before the outputs: who has the last one sees its step counted
+    ++stats_.steps;
+    stats_.prefill_tokens += step.prefill_rows;
+    stats_.decode_tokens += int64_t(used);
+    stats_.wasted_rows += samples_of(step) - int64_t(used);
+    stats_.step_s = stats_.steps == 1 ? took : stats_.step_s + 0.1 * (took - stats_.step_s);
+  }
+  for (size_t k = 0; k < used; ++k) {
+    const size_t i = used_[k];
     Live& live = *live_.at(step.sampled[i]);
     if (live.text.pushed() == 0) live.first = now;
     advance(live, sampled.token[i], sampled.logprob[i]);
   }
-  std::lock_guard<std::mutex> lock(mutex_);
-  ++stats_.steps;
-  stats_.prefill_tokens += step.prefill_rows;
-  stats_.decode_tokens += used;
-  stats_.wasted_rows += samples_of(step) - used;
-  stats_.step_s = stats_.steps == 1 ? took : stats_.step_s + 0.1 * (took - stats_.step_s);
 }
 
 void Engine::advance(Live& live, int32_t token, float logprob) {

@@ -108,6 +108,7 @@ class Engine {
   Clock::time_point launched_[2];
   Clock::time_point collected_{};
   int64_t launches_ = 0, collects_ = 0;
+  size_t used_[kDecodeRows];  // samples of the collected step whose sequence still runs
 
   // shared
   mutable std::mutex mutex_;
