@@ -53,7 +53,8 @@ def free_ports(count: int) -> list[int]:
 
 def make_server(repository: Path) -> TritonServer:
     http_port, grpc_port, metrics_port = free_ports(3)
-    return TritonServer(repository, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
+    return TritonServer(repository, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port,
+                        log=repository.with_suffix(".log"))
 
 
 def metrics(server: TritonServer) -> dict[str, float]:
