@@ -27,7 +27,7 @@ struct StepMeta {
   const int32_t* settled = nullptr;   // [T] tokens of the row's sequence whose K and V earlier steps stored; nullptr: 0
   int max_pages = 0;
 };
-constexpr int kTileRows = 64;
+constexpr int kTileRows = 128;
 
 enum class Store { act, add, f32 };  // y = act_fn(z) in the compute dtype | y += z, float32 | y = z, float32
 struct Epilogue {
@@ -45,8 +45,17 @@ struct SplitScratch {
 
 // y[t] from x W^T + b for T <= kDecodeRows decode rows; w in tiles (16-bit act), x [T, K] with K a multiple of kChunkCols.
 void decode_linear(const Stream& s, DType act, const void* x, const void* w, int T, int N, int K, const SplitScratch& scratch, const Epilogue& e);
+// Where blocks of prefill_linear on Hopper leave sums for each other; without it, fewer tiles run side by side.
+constexpr int kPrefillSlot = 128 * 256;  // floats of a block
+struct PrefillScratch {
+  float* partial = nullptr;  // [SMs, kPrefillSlot]
+  int32_t* flag = nullptr;   // [SMs, 8], zero between launches
+};
 // The same for any number of prefill rows.
-void prefill_linear(const Stream& s, DType act, const void* x, const void* w, int T, int N, int K, const Epilogue& e);
+void prefill_linear(const Stream& s, DType act, const void* x, const void* w, int T, int N, int K, const Epilogue& e, const PrefillScratch& scratch = {});
+bool has_wgmma();  // this build has wgmma code for the current device
+// variant: 0..2 tiles of 64, 128, 256 rows of x, + 3 in clusters of two blocks; -1: chosen by the shape
+void prefill_linear_wgmma(const Stream& s, DType act, const void* x, const void* w, int T, int N, int K, const PrefillScratch& scratch, const Epilogue& e, int variant = -1);
 // float32: w [N, K] rows, FMA arithmetic.
 void decode_linear_f32(const Stream& s, const float* x, const float* w, int T, int N, int K, const Epilogue& e);
 void prefill_linear_f32(const Stream& s, const float* x, const float* w, int T, int N, int K, const Epilogue& e);
