@@ -16,6 +16,7 @@
 namespace py = pybind11;
 using namespace codefuse;
 
+void bind_formats(py::module_& m);         // bind_formats.cpp
 void bind_testing(py::module_& m);         // bind_testing.cpp
 void bind_testing_engine(py::module_& m);  // bind_testing_engine.cpp
 
@@ -189,6 +190,7 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("eos_ids", [](const Engine& e) { return e.runner().config().eos_ids; })
       .def_property_readonly("weight_bytes", [](const Engine& e) { return e.runner().weight_bytes(); });
 
+  bind_formats(m);
   bind_testing(m);
   bind_testing_engine(m);
 }

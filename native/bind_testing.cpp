@@ -7,6 +7,7 @@
 #include <cstring>
 #include <optional>
 
+#include "bind_formats.h"
 #include "core/config.h"
 #include "model/runner.h"
 #include "ops/ops.h"
@@ -92,14 +93,14 @@ class TestOps {
     ops_->plan(config_, limits_, false);
   }
 
-  Floats embed(const py::dict& batch, const py::array& table, const std::string& format) {
+  Floats embed(const py::dict& batch, const py::object& table, const std::string& format) {
     const Matrix m = matrix(table, format);
     Buffer y = out({rows(batch), m.cols}, DType::f32);
     run(batch, [&] { ops_->embed(y.floats(), m); });
     return read(y);
   }
 
-  Floats add_position(const py::dict& batch, const Floats& x, const py::array& table, const std::string& format) {
+  Floats add_position(const py::dict& batch, const Floats& x, const py::object& table, const std::string& format) {
     const Matrix m = matrix(table, format);
     Buffer y = in(x, DType::f32);
     run(batch, [&] { ops_->add_position(y.floats(), m); });
@@ -121,7 +122,7 @@ class TestOps {
     return read(y);
   }
 
-  Floats linear(const py::dict& batch, const Floats& x, const py::array& weight, const std::string& format, const MaybeFloats& bias,
+  Floats linear(const py::dict& batch, const Floats& x, const py::object& weight, const std::string& format, const MaybeFloats& bias,
                 const std::optional<std::string>& activation) {
     const Linear w{matrix(weight, format), vector(bias)};
     const Activation act = parse_activation(activation.value_or("relu"));
@@ -130,7 +131,7 @@ class TestOps {
     return read(y);
   }
 
-  Floats linear_add(const py::dict& batch, const Floats& y, const Floats& x, const py::array& weight, const std::string& format,
+  Floats linear_add(const py::dict& batch, const Floats& y, const Floats& x, const py::object& weight, const std::string& format,
                     const MaybeFloats& bias, bool add_bias) {
     const Linear w{matrix(weight, format), vector(bias)};
     Buffer from = in(x, ops_->act()), to = in(y, DType::f32);
@@ -138,7 +139,7 @@ class TestOps {
     return read(to);
   }
 
-  Floats logits(const py::dict& batch, const Floats& x, const py::array& weight, const std::string& format, const MaybeFloats& bias) {
+  Floats logits(const py::dict& batch, const Floats& x, const py::object& weight, const std::string& format, const MaybeFloats& bias) {
     const Linear w{matrix(weight, format), vector(bias)};
     Buffer from = in(x, ops_->act()), y = out({x.shape(0), w.weight.rows}, DType::f32);
     run(batch, [&] { ops_->logits(y.floats(), from.data, w); });
@@ -239,18 +240,7 @@ class TestOps {
     return result;
   }
 
-  // A weight array as it lies in memory; its element size must be the format's.
-  Matrix matrix(const py::array& a, const std::string& format) {
-    HostMatrix m;
-    m.format = parse_format(format);
-    if (a.ndim() != 2 || size_t(a.itemsize()) != row_bytes(m.format, 1) || !(a.flags() & py::array::c_style))
-      throw ValueError(cat("weight: expected a contiguous 2-D array of ", row_bytes(m.format, 1), "-byte elements"));
-    m.rows = a.shape(0);
-    m.cols = a.shape(1);
-    m.stride = row_bytes(m.format, m.cols);
-    m.data = static_cast<const uint8_t*>(a.data());
-    return ops_->load_matrix(m);
-  }
+  Matrix matrix(const py::object& weight, const std::string& format) { return ops_->load_matrix(host_matrix(format, weight)); }
 
   const float* vector(const MaybeFloats& v) {
     if (!v) return nullptr;

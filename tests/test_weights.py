@@ -79,7 +79,8 @@ def test_truncated_anywhere(copy):
 
 
 @pytest.mark.parametrize("change,message", [
-    (dict(dtype="I64"), "tensor layers.1.qkv.weight: dtype is I64; expected F32, F16 or BF16"),
+    (dict(dtype="I64"), "tensor layers.1.qkv.weight: dtype is I64; expected F32, F16, BF16, I8 or U8"),
+    (dict(dtype="I8", shape=[288, 384]), r"layers.1.qkv.weight has shape \[288, 384\]; expected \[288, 96\]"),
     (dict(shape=[96, 288]), r"layers.1.qkv.weight has shape \[96, 288\]; expected \[288, 96\]"),
     (dict(shape=[288, 95]), "tensor layers.1.qkv.weight: shape .* takes 109440 bytes; its data_offsets span 110592"),
     (dict(shape=[-288, -96]), "tensor layers.1.qkv.weight: a dimension is -288"),

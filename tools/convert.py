@@ -3,6 +3,7 @@
 
     python tools/convert.py CHECKPOINT_DIR model_repository/generator/1
     python tools/convert.py --random gptneox-13b /data/random-13b     # weights made at load, for benchmarks
+    python tools/convert.py --random gptneox-13b --format q8_row /data/random-13b
 
 Tensors are read one at a time (memory use is about one tensor), checked (shape, NaN, Inf, overflow of the output type) and
 written in the canonical layout; a run that fails or is killed leaves an earlier conversion as it was.
@@ -21,10 +22,11 @@ from hf_models import PRESETS, Plan, Source, plan_for
 from weights_writer import Planned, check_target, write_weights
 
 DTYPES = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "bf16": BF16}
+QUANTIZED = ("q8_row", "q4_g128")  # formats of the matrices; tools/quantize.py makes them from a checkpoint
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
-def _checked(name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def checked(name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """value as dtype; refuses NaN, Inf and what overflows in dtype."""
     wide = value if value.dtype == np.float32 else value.astype(np.float32)
     if not np.isfinite(wide).all():
@@ -43,7 +45,7 @@ def _planned(name: str, source: Source, info: TensorInfo, dtype: np.dtype | None
     if info.dtype not in DTYPES.values() and info.dtype != np.float64:
         raise CheckpointError(f"{info.file}: tensor {info.name} has dtype {info.dtype}; expected a float type")
     out = dtype or (np.dtype("<f4") if info.dtype == np.float64 else info.dtype)
-    return Planned(name, source.shape, out, lambda: source.transform(_checked(info.name, info.load(), out)))
+    return Planned(name, source.shape, out, lambda: source.transform(checked(info.name, info.load(), out)))
 
 
 def plan_tensors(plan: Plan, stored: dict[str, TensorInfo], dtype: np.dtype | None) -> list[Planned]:
@@ -84,23 +86,27 @@ def convert(source: Path, target: Path, dtype: str = "auto", ignore: set[str] = 
     if tokenizer and not any(f.name in ("tokenizer.json", "tokenizer.model") for f in files):
         raise CheckpointError(f"{source}: no tokenizer.json and no tokenizer.model; save a fast tokenizer there with transformers, or pass --no-tokenizer")
     config = {**plan.config, **token_ids(source, hf), "source": str(source.resolve().name)}
-    with _bar(sum(t.nbytes for t in tensors)) if progress is None else progress as tick:
+    with progress_bar(sum(t.nbytes for t in tensors)) if progress is None else progress as tick:
         write_weights(target, config, tensors, files, tick)
     return config
 
 
-def write_random(preset: str, target: Path, dtype: str, seed: int, on_disk: bool) -> None:
+def write_random(preset: str, target: Path, format: str, seed: int, on_disk: bool) -> None:
     """A preset's config with random weights: made by the loader (nothing but config.json on disk) or written out."""
+    if format not in ("auto", *DTYPES, *QUANTIZED):
+        raise CheckpointError(f"format is {format!r}; expected auto, {', '.join((*DTYPES, *QUANTIZED))}")
+    if on_disk and format in QUANTIZED:
+        raise CheckpointError(f"random weights in {format} are made at load; to have them on disk, write f16 and quantize them with tools/quantize.py")
     check_target(target)
     hf = PRESETS[preset]
     plan = plan_for(hf, set())
-    out = DTYPES["f16" if dtype == "auto" else dtype]
     ids = token_ids(Path("/nonexistent"), hf)
     config = {**plan.config, **ids, "source": f"random {preset}, seed {seed}"}
+    format = "f16" if format == "auto" else format
     if not on_disk:
-        names = {v: k for k, v in DTYPES.items()}
-        write_weights(target, {**config, "random": {"seed": seed, "format": names[out]}}, [], [])
+        write_weights(target, {**config, "random": {"seed": seed, "format": format}}, [], [])
         return
+    out = DTYPES[format]
     rng = np.random.default_rng(seed)
     pool = (rng.standard_normal(1 << 22, dtype=np.float32) * np.float32(0.02)).astype(out)
 
@@ -110,12 +116,12 @@ def write_random(preset: str, target: Path, dtype: str, seed: int, on_disk: bool
         return np.resize(pool, shape)
 
     tensors = [Planned(n, s.shape, out, lambda n=n, s=s: fill(n, s.shape)) for n, s in plan.tensors.items()]
-    with _bar(sum(t.nbytes for t in tensors)) as tick:
+    with progress_bar(sum(t.nbytes for t in tensors)) as tick:
         write_weights(target, config, tensors, [], tick)
 
 
-class _bar:
-    """A progress bar on stderr: `with _bar(total_bytes) as tick: tick(n)`."""
+class progress_bar:
+    """A progress bar on stderr: `with progress_bar(total_bytes) as tick: tick(n)`."""
 
     def __init__(self, total: int):
         self._total, self._done, self._shown = max(total, 1), 0, -1
@@ -145,14 +151,17 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--ignore-field", action="append", default=[], metavar="NAME", help="a config.json field that does not matter")
     p.add_argument("--no-tokenizer", action="store_true", help="convert without tokenizer files (the engine then takes token ids only)")
     p.add_argument("--random", choices=list(PRESETS), help="random weights of this shape instead of a checkpoint")
+    p.add_argument("--format", choices=["auto", *DTYPES, *QUANTIZED], help="with --random: format of its matrices (auto: --dtype, else f16)")
     p.add_argument("--write", action="store_true", help="with --random: write the weights to disk instead of making them at load")
     p.add_argument("--seed", type=int, default=0, help="with --random")
     a = p.parse_args(argv)
     if (a.source is None) == (a.random is None):
         p.error("give either a checkpoint directory or --random PRESET")
+    if a.format and not a.random:
+        p.error("--format is for --random; tools/quantize.py quantizes a checkpoint")
     try:
         if a.random:
-            write_random(a.random, a.target, a.dtype, a.seed, a.write)
+            write_random(a.random, a.target, a.format or a.dtype, a.seed, a.write)
         else:
             convert(a.source, a.target, a.dtype, set(a.ignore_field), not a.no_tokenizer)
     except (CheckpointError, OSError) as e:

@@ -19,18 +19,19 @@ from checkpoint import BF16, CheckpointError
 
 FORMAT_VERSION = 1
 SHARD_BYTES = 4 << 30
-_NAMES = {np.dtype("<f4"): "F32", np.dtype("<f2"): "F16", BF16: "BF16"}
+_NAMES = {np.dtype("<f4"): "F32", np.dtype("<f2"): "F16", BF16: "BF16", np.dtype("i1"): "I8", np.dtype("u1"): "U8"}
 _ALIGN = 64  # of every tensor in the file, so that mapped rows suit vector loads
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to write: `load` is called once, when its turn comes."""
+    """A tensor to write: `load` is called once, when its turn comes. `format` is the format id of a quantized matrix's codes."""
 
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
     load: Callable[[], np.ndarray]
+    format: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -49,7 +50,7 @@ def _shards(tensors: list[Planned]) -> list[list[Planned]]:
 
 
 def _write_shard(path: Path, tensors: list[Planned], metadata: dict[str, str], progress: Callable[[int], None]) -> dict:
-    header, at = {"__metadata__": metadata}, 0
+    header, at = {"__metadata__": {**metadata, **{f"{t.name}.format": t.format for t in tensors if t.format}}}, 0
     for t in tensors:
         header[t.name] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [at, at + t.nbytes]}
         at += t.nbytes

@@ -25,14 +25,24 @@ struct Entry {
   uint64_t begin, end;  // bytes after the header
 };
 
-bool parse_tensor_dtype(const std::string& s, DType& out) {
-  if (s == "F32") return out = DType::f32, true;
-  if (s == "F16") return out = DType::f16, true;
-  if (s == "BF16") return out = DType::bf16, true;
+bool parse_element(const std::string& s, Element& out) {
+  for (Element e : {Element::f32, Element::f16, Element::bf16, Element::i8, Element::u8})
+    if (s == name_of(e)) return out = e, true;
   return false;
 }
 
 }  // namespace
+
+const char* name_of(Element e) {
+  switch (e) {
+    case Element::f32: return "F32";
+    case Element::f16: return "F16";
+    case Element::bf16: return "BF16";
+    case Element::i8: return "I8";
+    case Element::u8: return "U8";
+  }
+  return "";
+}
 
 MappedFile::MappedFile(const std::string& path) {
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
@@ -94,6 +104,8 @@ void Weights::add_file(const std::string& path) {
   const uint8_t* base = file.data() + 8 + header_size;
   const uint64_t available = file.size() - 8 - header_size;
 
+  const Json* metadata = header.find("__metadata__");
+  if (metadata && !metadata->is(Json::Kind::object)) throw LoadError(cat(path, ": __metadata__ is ", metadata->shown(), "; expected an object"));
   std::vector<Entry> entries;
   for (size_t i = 0; i < header.keys.size(); ++i) {
     const std::string& name = header.keys[i];
@@ -106,8 +118,12 @@ void Weights::add_file(const std::string& path) {
       fail("expected dtype, shape and two data_offsets");
     TensorView t;
     t.file = fs::path(path).filename().string();
-    if (!parse_tensor_dtype(dtype->string, t.dtype)) fail(cat("dtype is ", dtype->string, "; expected F32, F16 or BF16"));
-    uint64_t bytes = size_of(t.dtype);
+    if (!parse_element(dtype->string, t.element)) fail(cat("dtype is ", dtype->string, "; expected F32, F16, BF16, I8 or U8"));
+    if (const Json* format = metadata ? metadata->find(name + ".format") : nullptr) {
+      if (!format->is(Json::Kind::string)) fail(cat("its format in the metadata is ", format->shown(), "; expected a format id"));
+      t.format = format->string;
+    }
+    uint64_t bytes = size_of(t.element);
     for (const Json& d : shape->items) {
       if (!d.is_integer() || d.integer() < 0) fail(cat("a dimension is ", d.shown()));
       t.shape.push_back(d.integer());
@@ -132,13 +148,23 @@ void Weights::add_file(const std::string& path) {
       throw LoadError(cat(path, ": tensor ", entries[i].name, " overlaps tensor ", entries[i - 1].name));
 }
 
+const TensorView* Weights::find(const std::string& name) const {
+  const auto found = tensors_.find(name);
+  return found == tensors_.end() ? nullptr : &found->second;
+}
+
 const TensorView& Weights::at(const std::string& name, const std::vector<int64_t>& shape) const {
-  auto found = tensors_.find(name);
-  if (found == tensors_.end())
-    throw LoadError(cat(directory_, ": tensor ", name, " is missing; expected shape ", shown_shape(shape)));
-  const TensorView& t = found->second;
-  if (t.shape != shape)
-    throw LoadError(cat(directory_, "/", t.file, ": tensor ", name, " has shape ", shown_shape(t.shape), "; expected ", shown_shape(shape)));
+  const TensorView* t = find(name);
+  if (!t) throw LoadError(cat(directory_, ": tensor ", name, " is missing; expected shape ", shown_shape(shape)));
+  if (t->shape != shape)
+    throw LoadError(cat(directory_, "/", t->file, ": tensor ", name, " has shape ", shown_shape(t->shape), "; expected ", shown_shape(shape)));
+  return *t;
+}
+
+const TensorView& Weights::at(const std::string& name, const std::vector<int64_t>& shape, Element element) const {
+  const TensorView& t = at(name, shape);
+  if (t.element != element)
+    throw LoadError(cat(directory_, "/", t.file, ": tensor ", name, " has dtype ", name_of(t.element), "; expected ", name_of(element)));
   return t;
 }
 

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "core/dtype.h"
+#include "core/check.h"
 
 namespace codefuse {
 
@@ -26,8 +26,14 @@ class MappedFile {
   size_t size_ = 0;
 };
 
+enum class Element : uint8_t { f32, f16, bf16, i8, u8 };
+
+inline size_t size_of(Element e) { return e == Element::f32 ? 4 : e == Element::f16 || e == Element::bf16 ? 2 : 1; }
+const char* name_of(Element e);  // "F32": as in the files
+
 struct TensorView {
-  DType dtype = DType::f32;
+  Element element = Element::f32;
+  std::string format;             // weight format id from the file's metadata ("NAME.format"); empty: its elements are the values
   std::vector<int64_t> shape;
   const uint8_t* data = nullptr;  // row-major, any alignment
   std::string file;               // for messages
@@ -44,8 +50,11 @@ class Weights {
       : directory_(std::move(directory)), tensors_(std::move(tensors)), owner_(std::move(owner)) {}
 
   bool has(const std::string& name) const { return tensors_.count(name) != 0; }
-  // Checks the shape; LoadError names file, tensor, expected and found.
+  // nullptr if there is none of that name
+  const TensorView* find(const std::string& name) const;
+  // Checks the shape, and the element type if given; LoadError names file, tensor, expected and found.
   const TensorView& at(const std::string& name, const std::vector<int64_t>& shape) const;
+  const TensorView& at(const std::string& name, const std::vector<int64_t>& shape, Element element) const;
   // LoadError names a tensor that is not in `used`: the model would not be the one that the files describe.
   void check_all_used(const std::set<std::string>& used) const;
   const std::string& directory() const { return directory_; }

@@ -10,7 +10,8 @@
 
 namespace codefuse::cpu {
 
-constexpr int kBlockRows = 16;  // weight rows that all tokens use before the next ones
+constexpr int kBlockRows = 16;   // weight rows that all tokens use before the next ones
+constexpr int kDecodedRows = 8;  // the same of quantized weights, which are decoded first
 
 // y[t, n] = act(x[t] . w[n] + bias[n]), or += when accumulate
 struct MatmulArgs {
@@ -39,7 +40,8 @@ struct AttendArgs {
 
 struct Kernels {
   const char* name;
-  void (*matmul)(const MatmulArgs& a, int64_t begin, int64_t end);  // outputs [begin, end)
+  // outputs [begin, end); decoded: room for kDecodedRows rows of quantized weights
+  void (*matmul)(const MatmulArgs& a, int64_t begin, int64_t end, float* decoded /*[kDecodedRows, K]*/);
   void (*attend)(const AttendArgs& a, float* scores /*[last - first + 1]*/);
   void (*activate)(float* x, int64_t n, Activation act);
   void (*gate)(float* y, const float* gate, const float* up, int64_t n, Activation act);  // y = act(gate) * up

@@ -121,13 +121,17 @@ void matmul_rows(const MatmulArgs& a, int64_t begin, int64_t end) {
   }
 }
 
+#include "cpu/quantized_body.h"
+
 void activate(float* x, int64_t n, Activation act);
 
-void matmul(const MatmulArgs& a, int64_t begin, int64_t end) {
+void matmul(const MatmulArgs& a, int64_t begin, int64_t end, float* decoded) {
   switch (a.w.format) {
     case Format::f32: matmul_rows<float>(a, begin, end); break;
     case Format::f16: matmul_rows<F16>(a, begin, end); break;
     case Format::bf16: matmul_rows<BF16>(a, begin, end); break;
+    case Format::q8_row:
+    case Format::q4_g128: matmul_quantized(a, begin, end, decoded); break;
   }
   if (a.act)
     for (int64_t t = 0; t < a.tokens; ++t) activate(a.y + t * a.w.rows + begin, end - begin, *a.act);

@@ -22,6 +22,7 @@ CudaOps::CudaOps(int index, DType act) : index_(index), act_(act) {
   cudaFuncAttributes code;
   check(cudaFuncGetAttributes(&code, probe), "this build has no code for this GPU (CODEFUSE_CUDA_ARCHS)");
   s_.bulk_copy = s_.dependent = code.ptxVersion >= 90;  // the kernels' own #if, whatever the device could do
+  s_.wgmma = s_.bulk_copy && has_wgmma();
   check(cudaDeviceGetAttribute(&s_.sms, cudaDevAttrMultiProcessorCount, index_), "multiprocessors");
   check(cudaDeviceGetAttribute(&s_.shared_max, cudaDevAttrMaxSharedMemoryPerBlockOptin, index_), "shared memory");
   check(cudaStreamCreateWithFlags(&s_.stream, cudaStreamNonBlocking), "stream");
@@ -100,6 +101,7 @@ void CudaOps::drop_bounces() {
 Matrix CudaOps::load_matrix(const HostMatrix& m) {
   use();
   Matrix out;
+  if (is_quantized(m.format)) throw LoadError(cat(device(), ": a matrix in ", name_of(m.format), "; only the CPU reads it in this version"));
   out.host = m;
   out.host.data = nullptr;
   out.rows = m.rows;

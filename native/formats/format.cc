@@ -2,37 +2,113 @@
 
 namespace codefuse {
 
+namespace {
+constexpr Format kAll[] = {Format::f32, Format::f16, Format::bf16, Format::q8_row, Format::q4_g128};
+constexpr int64_t kHalf = kGroupCols / 2;
+}  // namespace
+
+const char* name_of(Format f) {
+  switch (f) {
+    case Format::f32: return "f32";
+    case Format::f16: return "f16";
+    case Format::bf16: return "bf16";
+    case Format::q8_row: return "q8_row";
+    case Format::q4_g128: return "q4_g128";
+  }
+  return "";
+}
+
 Format parse_format(const std::string& id) {
-  for (Format f : {Format::f32, Format::f16, Format::bf16})
+  std::string known;
+  for (Format f : kAll) {
     if (id == name_of(f)) return f;
-  throw ValueError(cat("format is '", id, "'; expected f32, f16 or bf16"));
+    known += cat(known.empty() ? "" : ", ", name_of(f));
+  }
+  throw ValueError(cat("format is '", id, "'; expected one of ", known));
 }
 
 HostMatrix HostMatrix::row_slice(int64_t begin, int64_t count) const {
   HostMatrix m = *this;
   m.data += size_t(begin) * stride;
+  if (scale.data) m.scale.data = scale.row(begin);
+  if (zero.data) m.zero.data = zero.row(begin);
   m.rows = count;
   return m;
 }
 
 HostMatrix HostMatrix::col_slice(int64_t begin, int64_t count) const {
+  const int64_t unit = column_unit(format);
+  if (begin % unit || count % unit)
+    throw ValueError(cat("columns ", begin, " to ", begin + count, " of a matrix in ", name_of(format), "; expected multiples of ", unit));
   HostMatrix m = *this;
   m.data += row_bytes(format, begin);
+  if (format == Format::q4_g128) {
+    m.scale.data += scale_bytes(format, begin);
+    m.zero.data += zero_bytes(format, begin);
+  }
   m.cols = count;
   return m;
 }
 
 void decode_row(const HostMatrix& m, int64_t r, float* out) {
   const uint8_t* row = m.data + size_t(r) * m.stride;
-  for (int64_t i = 0; i < m.cols; ++i) {
-    if (m.format == Format::f32) {
-      std::memcpy(out + i, row + 4 * i, 4);
-    } else {
-      uint16_t h;
-      std::memcpy(&h, row + 2 * i, 2);
-      out[i] = m.format == Format::f16 ? f16_to_f32(h) : bf16_to_f32(h);
+  switch (m.format) {
+    case Format::f32: std::memcpy(out, row, size_t(m.cols) * 4); break;
+    case Format::f16:
+    case Format::bf16:
+      for (int64_t i = 0; i < m.cols; ++i) {
+        uint16_t h;
+        std::memcpy(&h, row + 2 * i, 2);
+        out[i] = m.format == Format::f16 ? f16_to_f32(h) : bf16_to_f32(h);
+      }
+      break;
+    case Format::q8_row: {
+      float scale;
+      std::memcpy(&scale, m.scale.row(r), 4);
+      for (int64_t i = 0; i < m.cols; ++i) out[i] = float(int8_t(row[i])) * scale;
+      break;
     }
+    case Format::q4_g128:
+      for (int64_t g = 0; g < m.cols / kGroupCols; ++g, row += kHalf, out += kGroupCols) {
+        uint16_t h;
+        std::memcpy(&h, m.scale.row(r) + 2 * g, 2);
+        const float scale = f16_to_f32(h);
+        const int zero = m.zero.row(r)[g];
+        for (int64_t i = 0; i < kHalf; ++i) {
+          out[i] = float((row[i] & 15) - zero) * scale;
+          out[i + kHalf] = float((row[i] >> 4) - zero) * scale;
+        }
+      }
+      break;
   }
+}
+
+void pack_row(Format f, const uint8_t* codes, int64_t k, uint8_t* out) {
+  if (f == Format::q8_row) {
+    for (int64_t i = 0; i < k; ++i)
+      if (codes[i] == 0x80) throw ValueError("a code of q8_row is -128; expected -127 to 127");
+    std::memcpy(out, codes, size_t(k));
+    return;
+  }
+  if (f != Format::q4_g128) throw ValueError(cat("format is ", name_of(f), "; expected q8_row or q4_g128"));
+  if (k % kGroupCols) throw ValueError(cat("a row has ", k, " columns; expected a multiple of ", kGroupCols, " in q4_g128"));
+  for (int64_t i = 0; i < k; ++i)
+    if (codes[i] > 15) throw ValueError(cat("a code of q4_g128 is ", int(codes[i]), "; expected 0 to 15"));
+  for (; k > 0; k -= kGroupCols, codes += kGroupCols)
+    for (int64_t i = 0; i < kHalf; ++i) *out++ = uint8_t(codes[i] | codes[i + kHalf] << 4);
+}
+
+void unpack_row(Format f, const uint8_t* packed, int64_t k, uint8_t* codes) {
+  if (f == Format::q8_row) {
+    std::memcpy(codes, packed, size_t(k));
+    return;
+  }
+  if (f != Format::q4_g128 || k % kGroupCols) throw ValueError(cat("cannot unpack ", k, " columns of ", name_of(f)));
+  for (; k > 0; k -= kGroupCols, codes += kGroupCols)
+    for (int64_t i = 0; i < kHalf; ++i, ++packed) {
+      codes[i] = *packed & 15;
+      codes[i + kHalf] = *packed >> 4;
+    }
 }
 
 }  // namespace codefuse

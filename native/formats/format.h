@@ -1,5 +1,10 @@
 // Weight formats: the only place that knows a weight's bit layout. A format id is the same string in the file, here and
 // on the command line.
+//
+//   f32, f16, bf16   one element after the other
+//   q8_row           int8 codes -127..127 and a float32 scale per row:       w = code * scale
+//   q4_g128          4-bit codes, and for every 128 columns of a row ("group") a float16 scale and a zero 0..15:
+//                    w = (code - zero) * scale. Byte i of a group's 64 has column i in its low half, column i + 64 in its high half.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,27 +14,50 @@
 
 namespace codefuse {
 
-enum class Format : uint8_t { f32, f16, bf16 };
+enum class Format : uint8_t { f32, f16, bf16, q8_row, q4_g128 };
 
-inline const char* name_of(Format f) { return f == Format::f32 ? "f32" : f == Format::f16 ? "f16" : "bf16"; }
+constexpr int64_t kGroupCols = 128;  // columns that share a scale in q4_g128
+
+const char* name_of(Format f);
 Format parse_format(const std::string& id);  // ValueError lists the known ids
+inline bool is_quantized(Format f) { return f == Format::q8_row || f == Format::q4_g128; }
+// A row can be cut, and must end, at multiples of this many columns.
+inline int64_t column_unit(Format f) { return f == Format::q4_g128 ? kGroupCols : 1; }
 
-// Bytes of one row of k elements.
-inline size_t row_bytes(Format f, int64_t k) { return size_t(k) * (f == Format::f32 ? 4 : 2); }
+// Bytes of the elements or codes of one row of k columns, of its scales, and of its zeros.
+inline size_t row_bytes(Format f, int64_t k) {
+  return f == Format::f32 ? size_t(k) * 4 : f == Format::q8_row ? size_t(k) : f == Format::q4_g128 ? size_t(k) / 2 : size_t(k) * 2;
+}
+inline size_t scale_bytes(Format f, int64_t k) { return f == Format::q8_row ? 4 : f == Format::q4_g128 ? size_t(k / kGroupCols) * 2 : 0; }
+inline size_t zero_bytes(Format f, int64_t k) { return f == Format::q4_g128 ? size_t(k / kGroupCols) : 0; }
 
-// A matrix in host memory (usually inside an mmap) in its canonical layout: rows of k contiguous elements.
+// A part of a matrix in host memory: so many bytes a row, one row every `stride` bytes.
+struct HostRows {
+  const uint8_t* data = nullptr;
+  size_t stride = 0;  // (a rank's slice of columns keeps the whole row's stride)
+
+  const uint8_t* row(int64_t r) const { return data + size_t(r) * stride; }
+};
+
+// A matrix in host memory (usually inside an mmap) in its canonical layout.
 struct HostMatrix {
   Format format = Format::f32;
   int64_t rows = 0, cols = 0;   // [out, in]
-  const uint8_t* data = nullptr;
+  const uint8_t* data = nullptr;  // elements or codes, row_bytes() a row
   size_t stride = 0;            // bytes from one row to the next (a rank's slice of columns keeps the whole row's stride)
+  HostRows scale, zero;         // quantized formats
 
   bool empty() const { return data == nullptr; }
+  size_t bytes() const { return size_t(rows) * (row_bytes(format, cols) + scale_bytes(format, cols) + zero_bytes(format, cols)); }
   HostMatrix row_slice(int64_t begin, int64_t count) const;  // rows [begin, begin + count)
-  HostMatrix col_slice(int64_t begin, int64_t count) const;  // columns [begin, begin + count)
+  HostMatrix col_slice(int64_t begin, int64_t count) const;  // columns [begin, begin + count), multiples of column_unit()
 };
 
 // out[0..cols): row r as float32. The reference of every device decode.
 void decode_row(const HostMatrix& m, int64_t r, float* out);
+
+// Codes as a quantizer chose them, one per byte (q8_row: int8) -> a row's row_bytes(), and back. ValueError for a code out of range.
+void pack_row(Format f, const uint8_t* codes /*[k]*/, int64_t k, uint8_t* out);
+void unpack_row(Format f, const uint8_t* packed, int64_t k, uint8_t* codes /*[k]*/);
 
 }  // namespace codefuse

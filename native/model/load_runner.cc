@@ -92,7 +92,8 @@ class ModelRunner final : public Runner {
     const Weights& files = *files_;
     const int world = o.tensor_parallel;
     rank_.resize(size_t(world));
-    const DType stored = files.at("layers.0.qkv.weight", {config.qkv_rows(), config.hidden}).dtype;
+    const Element embedded = files.at("embed.weight", {config.vocab, config.hidden}).element;  // never quantized
+    const DType stored = embedded == Element::f16 ? DType::f16 : embedded == Element::bf16 ? DType::bf16 : DType::f32;
     int threads = o.threads > 0 ? o.threads : int(std::thread::hardware_concurrency());
     if (world > 1) threads = std::max(1, threads / world);
     limits_.slots = o.slots;

@@ -1,4 +1,5 @@
 // Names, shapes and per-rank slices of the weights.
+#include <algorithm>
 #include <set>
 
 #include "model/model.h"
@@ -6,8 +7,6 @@
 namespace codefuse {
 
 namespace {
-
-Format format_of(DType t) { return t == DType::f32 ? Format::f32 : t == DType::f16 ? Format::f16 : Format::bf16; }
 
 struct Range {
   int64_t begin, count;
@@ -20,8 +19,8 @@ class Loader {
 
   void run() {
     const int64_t h = c_.hidden, f = c_.intermediate, d = c_.head_dim;
-    out_.embed = ops_.load_matrix(host("embed.weight", c_.vocab, h));
-    if (c_.position == PositionKind::learned) out_.position = ops_.load_matrix(host("position.weight", c_.max_positions, h));
+    out_.embed = ops_.load_matrix(table("embed.weight", c_.vocab, h));
+    if (c_.position == PositionKind::learned) out_.position = ops_.load_matrix(table("position.weight", c_.max_positions, h));
 
     const Range mlp = share(0, f), heads = share(0, c_.heads * d);
     const std::vector<Range> qkv = {heads, share(c_.heads * d, c_.kv_heads * d), share((c_.heads + c_.kv_heads) * d, c_.kv_heads * d)};
@@ -39,7 +38,7 @@ class Loader {
     }
     out_.final_norm = norm("final_norm");
     const Range vocab = share(0, c_.vocab);
-    const std::string head = c_.tied ? "embed.weight" : "lm_head.weight";
+    const std::string head = c_.tied ? "embed" : "lm_head";
     out_.head.weight = matrix(host(head, c_.vocab, h).row_slice(vocab.begin, vocab.count));
     out_.head.bias = bias("lm_head.bias", c_.vocab, {vocab});
     files_.check_all_used(used_);
@@ -52,9 +51,19 @@ class Loader {
     return {begin + from, share_begin(count, rank_ + 1, world_) - from};
   }
 
-  HostMatrix view(const TensorView& t, int64_t rows, int64_t cols) {
+  [[noreturn]] void fail(const std::string& name, const TensorView& t, const std::string& why) const {
+    throw LoadError(cat(files_.directory(), "/", t.file, ": tensor ", name, " ", why));
+  }
+
+  // An unquantized tensor of rows x cols elements.
+  HostMatrix view(const std::string& name, const TensorView& t, int64_t rows, int64_t cols) const {
     HostMatrix m;
-    m.format = format_of(t.dtype);
+    switch (t.element) {
+      case Element::f32: m.format = Format::f32; break;
+      case Element::f16: m.format = Format::f16; break;
+      case Element::bf16: m.format = Format::bf16; break;
+      default: fail(name, t, cat("has dtype ", name_of(t.element), "; expected F32, F16 or BF16"));
+    }
     m.rows = rows;
     m.cols = cols;
     m.data = t.data;
@@ -62,29 +71,72 @@ class Loader {
     return m;
   }
 
-  HostMatrix host(const std::string& name, int64_t rows, int64_t cols) {
+  // Looked up by row: never quantized.
+  HostMatrix table(const std::string& name, int64_t rows, int64_t cols) {
     used_.insert(name);
-    return view(files_.at(name, {rows, cols}), rows, cols);
+    return view(name, files_.at(name, {rows, cols}), rows, cols);
+  }
+
+  HostRows part(const std::string& name, const std::vector<int64_t>& shape, Element element) {
+    used_.insert(name);
+    const TensorView& t = files_.at(name, shape, element);
+    return {t.data, (shape.size() > 1 ? size_t(shape[1]) : 1) * size_of(element)};
+  }
+
+  // NAME.weight, and if it is quantized NAME.scale and NAME.zero
+  HostMatrix host(const std::string& name, int64_t rows, int64_t cols) {
+    const std::string weight = name + ".weight";
+    const TensorView* t = files_.find(weight);
+    if (!t || t->format.empty()) return table(weight, rows, cols);
+    HostMatrix m;
+    try {
+      m.format = parse_format(t->format);
+    } catch (const ValueError& e) {
+      fail(weight, *t, e.what());
+    }
+    if (!is_quantized(m.format)) fail(weight, *t, cat("has format ", t->format, " in the metadata; expected q8_row or q4_g128"));
+    if (cols % column_unit(m.format)) fail(weight, *t, cat("has ", cols, " columns; expected a multiple of ", column_unit(m.format), " in ", t->format));
+    m.rows = rows;
+    m.cols = cols;
+    HostRows codes;
+    if (m.format == Format::q8_row) {
+      codes = part(weight, {rows, cols}, Element::i8);
+      m.scale = part(name + ".scale", {rows}, Element::f32);
+    } else {
+      codes = part(weight, {rows, cols / 2}, Element::u8);
+      m.scale = part(name + ".scale", {rows, cols / kGroupCols}, Element::f16);
+      m.zero = part(name + ".zero", {rows, cols / kGroupCols}, Element::u8);
+      const uint8_t greatest = m.zero.data ? *std::max_element(m.zero.row(0), m.zero.row(rows)) : 0;
+      if (greatest > 15) fail(name + ".zero", *t, cat("holds ", int(greatest), "; expected 0 to 15"));
+    }
+    m.data = codes.data;
+    m.stride = codes.stride;
+    return m;
+  }
+
+  HostRows joined(const HostRows& part, const std::vector<Range>& ranges) {
+    if (!part.data) return part;
+    std::vector<uint8_t> bytes;
+    for (const Range& r : ranges) bytes.insert(bytes.end(), part.row(r.begin), part.row(r.begin + r.count));
+    out_.joined.push_back(std::move(bytes));
+    return {out_.joined.back().data(), part.stride};
   }
 
   // The ranges of rows one after the other; a copy only if there are several.
   HostMatrix rows_of(const HostMatrix& m, const std::vector<Range>& ranges) {
     if (world_ == 1) return m;
     if (ranges.size() == 1) return m.row_slice(ranges[0].begin, ranges[0].count);
-    std::vector<uint8_t> bytes;
-    for (const Range& r : ranges) {
-      const uint8_t* from = m.data + size_t(r.begin) * m.stride;
-      bytes.insert(bytes.end(), from, from + size_t(r.count) * m.stride);
-    }
-    out_.joined.push_back(std::move(bytes));
-    HostMatrix joined = m;
-    joined.data = out_.joined.back().data();
-    joined.rows = int64_t(out_.joined.back().size() / m.stride);
-    return joined;
+    HostMatrix all = m;
+    all.rows = 0;
+    for (const Range& r : ranges) all.rows += r.count;
+    all.data = joined({m.data, m.stride}, ranges).data;
+    all.scale = joined(m.scale, ranges);
+    all.zero = joined(m.zero, ranges);
+    return all;
   }
 
   Matrix matrix(const HostMatrix& m) {
-    out_.bytes += m.rows * int64_t(row_bytes(m.format, m.cols));
+    out_.bytes += int64_t(m.bytes());
     return ops_.load_matrix(m);
   }
 
@@ -92,7 +144,7 @@ class Loader {
   const float* bias(const std::string& name, int64_t n, const std::vector<Range>& ranges) {
     if (!files_.has(name)) return nullptr;
     used_.insert(name);
-    HostMatrix m = rows_of(view(files_.at(name, {n}), n, 1), ranges);
+    HostMatrix m = rows_of(view(name, files_.at(name, {n}), n, 1), ranges);
     m.cols = m.rows;
     m.rows = 1;
     out_.bytes += m.cols * 4;
@@ -105,12 +157,17 @@ class Loader {
   }
 
   Linear by_rows(const std::string& name, int64_t rows, int64_t cols, const std::vector<Range>& ranges) {
-    return {matrix(rows_of(host(name + ".weight", rows, cols), ranges)), bias(name + ".bias", rows, ranges)};
+    return {matrix(rows_of(host(name, rows, cols), ranges)), bias(name + ".bias", rows, ranges)};
   }
 
   // The bias is whole: one rank adds it.
   Linear by_columns(const std::string& name, int64_t rows, int64_t cols, Range range) {
-    return {matrix(host(name + ".weight", rows, cols).col_slice(range.begin, range.count)), bias(name + ".bias", rows, {{0, rows}})};
+    const HostMatrix whole = host(name, rows, cols);
+    const int64_t unit = column_unit(whole.format);
+    if (world_ > 1 && (range.begin % unit || range.count % unit))
+      throw ValueError(cat("tensor_parallel is ", world_, ", but the ", cols, " columns of ", name, ".weight in ", name_of(whole.format),
+                           " can only be shared in multiples of ", unit));
+    return {matrix(whole.col_slice(range.begin, range.count)), bias(name + ".bias", rows, {{0, rows}})};
   }
 
   const ModelConfig& c_;

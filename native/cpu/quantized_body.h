@@ -1,0 +1,47 @@
+// Matrix products with quantized weights: a few rows are decoded, to the values that decode_row() gives, and used by all tokens.
+// Part of kernels_body.h.
+
+inline void decode_q8(const int8_t* codes, float scale, int64_t k, float* out) {
+  for (int64_t i = 0; i < k; ++i) out[i] = float(codes[i]) * scale;
+}
+
+inline void decode_q4(const uint8_t* codes, const uint8_t* scales, const uint8_t* zeros, int64_t k, float* out) {
+  constexpr int kHalf = kGroupCols / 2;
+  for (int64_t g = 0; g < k / kGroupCols; ++g, codes += kHalf, out += kGroupCols) {
+    uint16_t h[S::width] = {};
+    __builtin_memcpy(h, scales + 2 * g, 2);
+    float wide[S::width];
+    S::store(wide, S::load_f16(h));
+    const float scale = wide[0];
+    const int zero = zeros[g];
+    for (int i = 0; i < kHalf; ++i) out[i] = float((codes[i] & 15) - zero) * scale;
+    for (int i = 0; i < kHalf; ++i) out[i + kHalf] = float((codes[i] >> 4) - zero) * scale;
+  }
+}
+
+void matmul_quantized(const MatmulArgs& a, int64_t begin, int64_t end, float* decoded /*[kDecodedRows, K]*/) {
+  const int64_t k = a.w.cols;
+  MatmulArgs part = a;
+  part.w.format = Format::f32;
+  part.w.data = reinterpret_cast<const uint8_t*>(decoded);
+  part.w.stride = size_t(k) * sizeof(float);
+  for (int64_t n = begin; n < end; n += kDecodedRows) {
+    const int64_t rows = n + kDecodedRows < end ? kDecodedRows : end - n;
+    for (int64_t r = 0; r < rows; ++r) {
+      const uint8_t* codes = a.w.data + size_t(n + r) * a.w.stride;
+      if (a.w.format == Format::q8_row) {
+        float scale;
+        __builtin_memcpy(&scale, a.w.scale.row(n + r), sizeof scale);
+        decode_q8(reinterpret_cast<const int8_t*>(codes), scale, k, decoded + r * k);
+      } else {
+        decode_q4(codes, a.w.scale.row(n + r), a.w.zero.row(n + r), k, decoded + r * k);
+      }
+    }
+    part.bias = a.bias ? a.bias + n : nullptr;
+    part.y = a.y + n;
+    if (a.tokens == 1)
+      tokens<1, false>(part, decoded, 0, rows, 0);
+    else
+      matmul_rows<float>(part, 0, rows);
+  }
+}
