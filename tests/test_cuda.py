@@ -33,11 +33,11 @@ ROWS, SLOTS, MAX_LEN = 400, 64, 1024
 class Both:
     """The same call on the CPU in float32 and on CUDA in dtype, from inputs that dtype can hold."""
 
-    def __init__(self, dtype: str, pages: int = 512, **fields):
+    def __init__(self, dtype: str, pages: int = 512, max_len: int = MAX_LEN, **fields):
         self.dtype = dtype
         self.cpu, self.cuda = testing.Ops("cpu", threads=2), testing.Ops("cuda", dtype)
         for ops in (self.cpu, self.cuda):
-            ops.plan(config(**fields), SLOTS, ROWS, MAX_LEN, pages)
+            ops.plan(config(**fields), SLOTS, ROWS, max_len, pages)
 
     def round(self, a: np.ndarray) -> np.ndarray:
         return as_format(a, FORMAT[self.dtype])[1]
@@ -210,6 +210,35 @@ def test_attention(dtype, shape):
         part = make_batch(table, prefill=[(8, [1] * count, first)], logits="none")
         got = both.cuda.attention(part, qkv[start + first:start + first + count], k, v, heads, kv_heads)
         np.testing.assert_array_equal(got, whole[start + first:start + first + count])
+
+
+FAR = [dict(heads=4, kv_heads=4, head_dim=128, rope_dim=32), dict(heads=8, kv_heads=1, head_dim=64, rope_dim=64),
+       dict(heads=6, kv_heads=2, head_dim=128, rope_dim=128, window=1500), dict(heads=3, kv_heads=1, head_dim=96, rope_dim=0),
+       dict(heads=1, kv_heads=1, head_dim=256, rope_dim=64)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", FAR, ids=lambda s: f"d{s['head_dim']}x{s['heads']}/{s['kv_heads']}w{s.get('window', 0)}")
+def test_attention_far(dtype, shape):
+    """Contexts of many splits; 64 rows share a step with them or not; several rows of one sequence in a step."""
+    rng, pages, max_len = np.random.default_rng(4), 640, 5000
+    both = Both(dtype, pages, max_len, **shape)
+    heads, kv_heads, d = shape["heads"], shape["kv_heads"], shape["head_dim"]
+    k, v = map(both.round, cache(rng, shape, pages))
+    table = Pages(SLOTS, max_len, pages)
+    decode = [(0, 1, 4498), (0, 1, 4499), (0, 1, 4500), (1, 1, 2047), (2, 1, 2048), (3, 1, 1151)] + [(s, 1, s) for s in range(4, 62)]
+    batch = make_batch(table, decode=decode, prefill=[(62, [1] * 200, 4150)], logits="none")
+    qkv = both.round(rng.standard_normal((len(batch["token"]), (heads + 2 * kv_heads) * d)) * 1.5)
+    eps = {"float32": 8e-6, "float16": 4e-3, "bfloat16": 3e-2}[dtype]
+    both.same("attention", batch, qkv, k, v, heads, kv_heads, eps=eps)
+    whole = both.cuda.attention(batch, qkv, k, v, heads, kv_heads)
+    for rows in ([2], [0, 1, 2], [3], [4, 5], [5], list(range(8))):
+        part = both.cuda.attention(make_batch(table, decode=[decode[r] for r in rows], logits="none"), qkv[rows], k, v, heads, kv_heads)
+        np.testing.assert_array_equal(part, whole[rows])
+    for first, count in ((0, 1), (0, 128), (128, 72), (57, 143), (199, 1)):
+        part = make_batch(table, prefill=[(62, [1] * count, 4150 + first)], logits="none")
+        rows = slice(len(decode) + first, len(decode) + first + count)
+        np.testing.assert_array_equal(both.cuda.attention(part, qkv[rows], k, v, heads, kv_heads), whole[rows])
 
 
 SAMPLING = [dict(), dict(temperature=0.7, seed=1), dict(temperature=1.0, top_k=1, seed=2), dict(temperature=1.3, top_k=20, seed=3),
