@@ -5,7 +5,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: serve test clean
+.PHONY: serve test clean always
 
 PYTHON ?= python3
 HOST ?= 127.0.0.1
@@ -73,15 +73,16 @@ $(STAMPS)/client: $(shell find client -type f -not -name '*.pyc') | $(STAMPS)/na
 	@$(PIP) install --quiet --no-build-isolation ./client
 	@touch $@
 
-# Only what this rule wrote is written again.
+# The stamp is a copy of the config.json written here: weights of another origin are left alone.
 $(STAMPS)/demo: $(wildcard $(DEMO)/* tools/convert.py tools/checkpoint.py tools/hf_models.py tools/weights_writer.py) \
-    | $(STAMPS)/native-$(BUILD)
-	@if [ -e $(WEIGHTS)/config.json ] && [ ! -e $@ ]; then \
+    $(if $(wildcard $(WEIGHTS)/config.json),,always) | $(STAMPS)/native-$(BUILD)
+	@if [ -e $(WEIGHTS)/config.json ] && ! cmp -s $(WEIGHTS)/config.json $@; then \
 	  echo "== keeping the weights in $(WEIGHTS)"; \
 	else \
-	  echo "== converting the demo model"; rm -f $(WEIGHTS)/config.json; \
-	  $(BIN)/python tools/convert.py $(DEMO) $(WEIGHTS); touch $@; \
+	  echo "== converting the demo model"; \
+	  $(BIN)/python tools/convert.py $(DEMO) $(WEIGHTS) && cp $(WEIGHTS)/config.json $@; \
 	fi
+always:
 
 $(STAMPS)/test: pyproject.toml | $(STAMPS)/native-$(BUILD)
 	@echo "== packages of the tests (torch)"

@@ -17,7 +17,7 @@ from .contract import MAX_STOP_BYTES, MAX_STOP_WORDS, OPTION_BY_JSON, OPTION_BY_
 
 # request parameters that Triton or a proxy adds
 _FOREIGN_PREFIXES = ("triton_", "x-", "sequence_")
-_FOREIGN = {"priority", "timeout", "binary_data_output", "traceparent", "tracestate", "id"}
+_FOREIGN = {"priority", "timeout", "binary_data_output", "headers", "traceparent", "tracestate", "id"}
 _REAL_TENSORS = {"input_ids", "prompt_text", "heartbeat", "sampling_parameters", "text_input"}
 
 

@@ -47,12 +47,10 @@ def _settings(model: str, args: dict[str, str]) -> dict[str, Any]:
 
 
 def _check_numpy() -> None:
-    """Stubs older than 24.11 read string tensors wrongly with numpy >= 2."""
-    if np.lib.NumpyVersion(np.__version__) < "2.0.0":
-        return
-    if _text("probe", b"probe").as_numpy().tolist() != [[b"probe"]]:
-        raise RuntimeError(f"numpy {np.__version__} does not work with this tritonserver's Python stub, "
-                           "which needs numpy < 2: pip install 'numpy<2'")
+    """Stubs older than 24.11 misread arrays of numpy >= 2; what tells an old one is a method that came with 25.02."""
+    if np.lib.NumpyVersion(np.__version__) >= "2.0.0" and not hasattr(pb_utils.InferenceResponse, "parameters"):
+        raise RuntimeError(f"numpy {np.__version__} does not work with the Python stub of this tritonserver (older than "
+                           "25.02), which needs numpy < 2: pip install 'numpy<2'")
 
 
 def _tokenizer_dir(args: dict[str, str], settings: dict[str, Any]) -> Path:
