@@ -97,6 +97,38 @@ def test_linear(both, n, k, decode, prefill):
     both.same("linear_add", batch, y, x, bits, format, bias, add_bias=False, eps=eps)
 
 
+PREFILL_SHAPES = [(1, 16, 64), (63, 111, 64), (64, 256, 1000), (65, 300, 1000), (128, 1536, 64), (129, 300, 5120), (255, 111, 1000), (300, 1536, 1000), (300, 256, 5120)]
+
+
+@pytest.mark.parametrize("rows,n,k", PREFILL_SHAPES)
+def test_linear_of_prefill_rows(both, rows, n, k):
+    rng, format = np.random.default_rng(rows * n + k), FORMAT[both.dtype]
+    x = both.round(rng.standard_normal((rows, k)))
+    w, bias = as_format(rng.standard_normal((n, k)) / np.sqrt(k), format)[0], rng.standard_normal(n).astype(np.float32)
+    batch, eps = rows_batch(0, rows), 5e-6 if both.dtype == "float32" else 1e-4
+    both.same("linear", batch, x, w, format, bias)
+    both.same("linear", batch, x, w, format, bias, activation="gelu")
+    y = rng.standard_normal((rows, n)).astype(np.float32)
+    both.same("linear_add", batch, y, x, w, format, bias, eps=eps)
+    both.same("linear_add", batch, y, x, w, format, bias, add_bias=False, eps=eps)
+
+
+@pytest.mark.parametrize("n", [5120, 8704, 16900])
+def test_a_prefill_row_is_the_same_in_tiles_of_any_shape(both, n):
+    """Tiles of more and fewer rows, whole and in two pieces on different multiprocessors."""
+    if both.dtype == "float32":
+        pytest.skip("one kernel for all shapes")
+    k, rng, format = 704, np.random.default_rng(n), FORMAT[both.dtype]
+    x, w = both.round(rng.standard_normal((400, k))), as_format(rng.standard_normal((n, k)) / np.sqrt(k), format)[0]
+    y = rng.standard_normal((400, n)).astype(np.float32)
+    whole, added = both.cuda.linear(rows_batch(0, 400), x, w, format), both.cuda.linear_add(rows_batch(0, 400), y, x, w, format)
+    close(whole, both.cpu.linear(rows_batch(0, 400), x, w, format), EPS[both.dtype])
+    for first, count in ((0, 1), (0, 64), (60, 65), (100, 128), (5, 200), (0, 257), (37, 320)):
+        part, batch = slice(first, first + count), rows_batch(0, count)
+        np.testing.assert_array_equal(both.cuda.linear(batch, x[part], w, format), whole[part])
+        np.testing.assert_array_equal(both.cuda.linear_add(batch, y[part], x[part], w, format), added[part])
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
 def test_activations(both, activation):
     rng = np.random.default_rng(5)

@@ -27,6 +27,7 @@ struct Stream {
   int sms = 0;          // multiprocessors
   int shared_max = 0;   // bytes of shared memory one block may have
   bool bulk_copy = false;  // cp.async.bulk and mbarriers (9.0)
+  bool wgmma = false;      // warpgroup matrix instructions (9.0a)
 };
 
 template <class... P, class... A>

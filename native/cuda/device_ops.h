@@ -83,6 +83,7 @@ class CudaOps final : public Ops {
   std::array<int, 2> expected_{};                        // samples of the step
   float2* angles_ = nullptr;
   SplitScratch split_;
+  PrefillScratch prefill_;
   AttentionScratch attention_;
   SampleScratch sampling_;
   void* padded_ = nullptr;  // x with K rounded up

@@ -69,6 +69,10 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
     split_.partial = alloc_array<float>(size_t(2) * s_.sms * kDecodeRows * kGroupRows);
     split_.arrived = alloc_array<int32_t>(kGroupsMax);
   }
+  if (s_.wgmma && act_ != DType::f32) {
+    prefill_.partial = alloc_array<float>(size_t(s_.sms) * kPrefillSlot);
+    prefill_.flag = alloc_array<int32_t>(size_t(s_.sms) * 8);
+  }
   attention_.splits = (limits.max_len + kSplitTokens - 1) / kSplitTokens;
   const size_t row_floats = size_t(c.heads) * attention_.splits * (c.head_dim + 2);
   attention_.rows = int(std::max<size_t>(1, std::min<size_t>(std::min(kDecodeRows, limits.rows), kAttentionScratch / (row_floats * 4))));
@@ -204,7 +208,7 @@ void CudaOps::linear_rows(const void* x, const Linear& w, const Epilogue& e, int
   const auto* in = static_cast<const char*>(x);
   for (int r = 0; r < decode; r += kDecodeRows)
     decode_linear(s_, act_, in + int64_t(r) * padded * 2, w.weight.data, std::min(kDecodeRows, decode - r), N, padded, split_, epilogue_at(r));
-  if (rows > decode) prefill_linear(s_, act_, in + int64_t(decode) * padded * 2, w.weight.data, rows - decode, N, padded, epilogue_at(decode));
+  if (rows > decode) prefill_linear(s_, act_, in + int64_t(decode) * padded * 2, w.weight.data, rows - decode, N, padded, epilogue_at(decode), prefill_);
 }
 
 void CudaOps::embed(float* x, const Matrix& table) { cuda::embed(s_, act_, x, table.data, meta_, rows_, int(table.cols), int(table.rows)); }
