@@ -90,12 +90,12 @@ class CudaOps final : public Ops {
   size_t padded_bytes_ = 0;
 
   int rows_ = 0, decode_rows_ = 0, samples_ = 0, tiles_ = 0;  // the current step
-  bool general_ = false;                                      // some sample has a temperature
+  Sampling sampling_kind_ = Sampling::greedy;
   struct Recording {
     int seen = 0;
     cudaGraphExec_t graph = nullptr;
   };
-  std::map<std::pair<int, bool>, Recording> recordings_;  // by rows and general_
+  std::map<std::pair<int, Sampling>, Recording> recordings_;  // by rows and kind of sampling
 };
 
 }  // namespace codefuse::cuda

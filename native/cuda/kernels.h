@@ -95,6 +95,13 @@ void attention_rows(const Stream& s, DType act, void* out, const void* qkv, cons
 // Tiles of prefill rows on the tensor cores; 16-bit act, head_dim <= 128.
 void attention_tiles(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, int tiles, const AttentionShape& a);
 
+constexpr int kSampleParts = 32, kSampleBins = 2048;
+// How far the search for the threshold of a row (top_k, top_p) has come.
+struct SampleSelect {
+  unsigned long long need, above;  // count or mass still to be found; mass of the keys found to be above the threshold
+  uint32_t prefix, threshold;      // digits of the key found; the least key that is kept
+  int32_t digits, by_mass;         // how many are found; by top_p, not by top_k
+};
 struct SampleScratch {
   unsigned long long* best = nullptr;  // [kDecodeRows, kSampleParts] key of the greatest logit, complement of its id
   float* sum = nullptr;                // [kDecodeRows, kSampleParts]
@@ -102,9 +109,13 @@ struct SampleScratch {
   float2* top = nullptr;               // [kDecodeRows] greatest logit, log of the sum of exp(logit - greatest)
   int32_t* token = nullptr;            // [kDecodeRows] results
   float* logprob = nullptr;            // [kDecodeRows]
+  SampleSelect* select = nullptr;      // [kDecodeRows]
+  uint32_t* count = nullptr;           // [2, kDecodeRows, kSampleBins], zero between launches
+  unsigned long long* mass = nullptr;  // [2, kDecodeRows, kSampleBins], zero between launches
 };
-constexpr int kSampleParts = 32;
-// general: some sample has a temperature
-void sample(const Stream& s, const float* logits, int vocab, int S, bool general, const StepMeta& m, const SampleScratch& scratch);
+// The passes that the samples of a step need: the greatest of sampling_of() over them.
+enum class Sampling { greedy, temperature, top_k_or_p, top_k_and_p };
+Sampling sampling_of(const SampleParams& p);
+void sample(const Stream& s, const float* logits, int vocab, int S, Sampling kind, const StepMeta& m, const SampleScratch& scratch);
 
 }  // namespace codefuse::cuda

@@ -84,6 +84,9 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
   sampling_.top = alloc_array<float2>(kDecodeRows);
   sampling_.token = alloc_array<int32_t>(2 * kDecodeRows);
   sampling_.logprob = reinterpret_cast<float*>(sampling_.token + kDecodeRows);
+  sampling_.select = alloc_array<SampleSelect>(kDecodeRows);
+  sampling_.count = alloc_array<uint32_t>(2 * kDecodeRows * kSampleBins);
+  sampling_.mass = alloc_array<unsigned long long>(2 * kDecodeRows * kSampleBins);
   check(cudaStreamSynchronize(s_.stream), "planning");
 }
 
@@ -127,8 +130,8 @@ void CudaOps::step(const Batch& batch, int ticket, const std::function<void()>& 
   rows_ = batch.rows();
   decode_rows_ = batch.decode_rows;
   samples_ = batch.samples();
-  general_ = false;
-  for (const SampleParams& p : batch.sample) general_ |= p.temperature > 0;
+  sampling_kind_ = Sampling::greedy;
+  for (const SampleParams& p : batch.sample) sampling_kind_ = std::max(sampling_kind_, sampling_of(p));
   bool record = replay_ && decode_rows_ == rows_ && samples_ == rows_;
   for (int i = 0; i < samples_ && record; ++i) record = batch.logit_row[i] == i;
   const int padded = std::min({bucket_of(rows_), limits_.rows, limits_.slots});
@@ -148,7 +151,7 @@ void CudaOps::step(const Batch& batch, int ticket, const std::function<void()>& 
 
 // The first step of a kind runs as it is, which also loads its kernels; the second is recorded.
 void CudaOps::run_recorded(int rows, const std::function<void()>& body) {
-  Recording& r = recordings_[{rows, general_}];
+  Recording& r = recordings_[{rows, sampling_kind_}];
   if (r.seen++ == 0) return body();
   if (!r.graph) {
     cudaGraph_t graph = nullptr;
@@ -264,7 +267,7 @@ void CudaOps::logits(float* y, const void* x, const Linear& head) {
 }
 
 void CudaOps::sample(const float* logits, int vocab) {
-  if (samples_) cuda::sample(s_, logits, vocab, samples_, general_, meta_, sampling_);
+  if (samples_) cuda::sample(s_, logits, vocab, samples_, sampling_kind_, meta_, sampling_);
 }
 
 }  // namespace codefuse::cuda

@@ -1,5 +1,7 @@
-// Sampling by the rule of native/cpu/sample.cc, whose order-dependent sums are integers here too. The greatest logit and the sum of
-// the exponentials come from 32 blocks a row; what a temperature adds, from one block a row.
+// Sampling by the rule of native/cpu/sample.cc, whose order-dependent sums are integers here too. Every pass over a row is shared by
+// many blocks, and the last to arrive goes on with what all found: the greatest logit and the sum of the exponentials; for top_k and
+// top_p the threshold, by three digits of its key, greatest first, from histograms of counts and masses; then the greatest
+// d + noise. A row takes only the passes that its parameters ask for.
 #include "cuda/kernels.h"
 #include "ops/sampling_rule.h"
 
@@ -8,9 +10,10 @@ namespace codefuse::cuda {
 namespace {
 
 static_assert(kSampleParts == 32, "one warp combines the parts");
-constexpr int kThreads = 256;          // of row_top
-constexpr int kChooseThreads = 1024;   // of choose
-constexpr int kChooseWarps = kChooseThreads / 32;
+constexpr int kThreads = 512, kWarps = kThreads / 32;
+constexpr int kEach = 10;                        // logits of a part in a thread's registers
+constexpr int kDigits = 3, kBins = kSampleBins;  // of 11, 11 and 10 bits
+constexpr int kOwnBins = kBins / kThreads;
 using U64 = unsigned long long;
 
 struct Args {
@@ -21,6 +24,8 @@ struct Args {
 };
 
 __device__ __forceinline__ int slot_of(const Args& a, int s) { return a.m.slot[a.m.logit_row[s]]; }
+__device__ __forceinline__ bool by_count(const SampleParams& p, int vocab) { return p.top_k > 0 && p.top_k < vocab; }
+__device__ __forceinline__ bool by_mass(const SampleParams& p) { return p.top_p < 1.f; }
 
 __device__ __forceinline__ void give(const Args& a, int s, int token) {
   const float2 top = a.scratch.top[s];
@@ -33,166 +38,267 @@ __device__ __forceinline__ void give(const Args& a, int s, int token) {
 __device__ __forceinline__ U64 ranked(uint32_t key, int id) { return U64(key) << 32 | uint32_t(~id); }
 __device__ __forceinline__ int id_of(U64 ranked) { return int(~uint32_t(ranked)); }
 
-template <int WARPS>
-__device__ __forceinline__ U64 block_max(U64 v, U64* parts /*[WARPS]*/) {
+__device__ __forceinline__ U64 block_max(U64 v, U64* parts /*[kWarps]*/) {
 #pragma unroll
   for (int o = 16; o > 0; o /= 2) v = max(v, __shfl_xor_sync(~0u, v, o));
   __syncthreads();
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
   __syncthreads();
   v = parts[0];
-  for (int i = 1; i < WARPS; ++i) v = max(v, parts[i]);
+#pragma unroll
+  for (int i = 1; i < kWarps; ++i) v = max(v, parts[i]);
   return v;
 }
 
-template <int WARPS>
-__device__ __forceinline__ U64 block_sum(U64 v, U64* parts /*[WARPS]*/) {
+__device__ __forceinline__ U64 block_sum(U64 v, U64* parts /*[kWarps]*/) {
 #pragma unroll
   for (int o = 16; o > 0; o /= 2) v += __shfl_xor_sync(~0u, v, o);
   __syncthreads();
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
   __syncthreads();
   v = 0;
-  for (int i = 0; i < WARPS; ++i) v += parts[i];
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) v += parts[i];
   return v;
 }
+
+// True in every thread of the last of a row's blocks to arrive; it sees what the others wrote.
+__device__ __forceinline__ bool last_to_arrive(const Args& a, int s) {
+  __shared__ int is_last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    is_last = atomicAdd(a.scratch.arrived + s, 1) == int(gridDim.x) - 1;
+    if (is_last) a.scratch.arrived[s] = 0;
+  }
+  __syncthreads();
+  if (is_last) __threadfence();
+  return is_last;
+}
+
+__device__ __forceinline__ int begin_of(int64_t n) { return int(n * blockIdx.x / gridDim.x); }
+__device__ __forceinline__ int end_of(int64_t n) { return int(n * (blockIdx.x + 1) / gridDim.x); }
 
 // exp(x - m), 0 for a row of -inf
 __device__ __forceinline__ float weight_of(float x, float m) { return m == -INFINITY ? 0.f : expf(x - m); }
 
-// grid (parts, S)
+// grid (kSampleParts, S)
 __global__ void __launch_bounds__(kThreads) row_top(const Args a) {
-  __shared__ U64 keys[kThreads / 32];
-  __shared__ float sums[kThreads / 32];
-  __shared__ int is_last;
+  __shared__ U64 keys[kWarps];
+  __shared__ float sums[kWarps];
   launch_dependents();
   grid_wait();
   const int s = blockIdx.y;
   if (slot_of(a, s) < 0) return;
   const float* row = a.logits + int64_t(s) * a.vocab;
-  const int begin = int(int64_t(a.vocab) * blockIdx.x / gridDim.x), end = int(int64_t(a.vocab) * (blockIdx.x + 1) / gridDim.x);
+  const int begin = begin_of(a.vocab), end = end_of(a.vocab);
+  float v[kEach];
+  const auto load = [&](int i0) {
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) v[j] = i0 + j * kThreads < end ? row[i0 + j * kThreads] : 0.f;
+  };
   U64 best = 0;
-#pragma unroll 8
-  for (int i = begin + threadIdx.x; i < end; i += kThreads) best = max(best, ranked(rule::order_key(row[i]), i));
-  best = block_max<kThreads / 32>(best, keys);
+  for (int i0 = begin + threadIdx.x; i0 < end; i0 += kEach * kThreads) {
+    load(i0);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j)
+      if (i0 + j * kThreads < end) best = max(best, ranked(rule::order_key(v[j]), i0 + j * kThreads));
+  }
+  best = block_max(best, keys);
   const float m = best ? row[id_of(best)] : 0.f;  // 0: a part without tokens
   float sum = 0.f;
-#pragma unroll 8
-  for (int i = begin + threadIdx.x; i < end; i += kThreads) sum += weight_of(row[i], m);
+  for (int i0 = begin + threadIdx.x; i0 < end; i0 += kEach * kThreads) {
+    if (end - begin > kEach * kThreads) load(i0);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) sum += i0 + j * kThreads < end ? weight_of(v[j], m) : 0.f;
+  }
 #pragma unroll
   for (int o = 16; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
   __syncthreads();
   if (threadIdx.x == 0) {
     sum = 0.f;
-    for (int i = 0; i < kThreads / 32; ++i) sum += sums[i];
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) sum += sums[i];
     __stcg(a.scratch.best + s * kSampleParts + blockIdx.x, best);
     __stcg(a.scratch.sum + s * kSampleParts + blockIdx.x, sum);
-    __threadfence();
-    is_last = atomicAdd(a.scratch.arrived + s, 1) == int(gridDim.x) - 1;
-    if (is_last) a.scratch.arrived[s] = 0;
   }
-  __syncthreads();
-  if (!is_last || threadIdx.x >= kSampleParts) return;
-  __threadfence();
+  if (!last_to_arrive(a, s) || threadIdx.x >= kSampleParts) return;
   const U64 part = __ldcg(a.scratch.best + s * kSampleParts + threadIdx.x);
+  const float part_sum = __ldcg(a.scratch.sum + s * kSampleParts + threadIdx.x), part_top = part ? row[id_of(part)] : 0.f;
   best = part;
 #pragma unroll
   for (int o = 16; o > 0; o /= 2) best = max(best, __shfl_xor_sync(~0u, best, o));
   const float most = row[id_of(best)];
-  double total = part ? double(__ldcg(a.scratch.sum + s * kSampleParts + threadIdx.x)) * double(weight_of(row[id_of(part)], most)) : 0.0;
+  double total = part ? double(part_sum) * double(weight_of(part_top, most)) : 0.0;
 #pragma unroll
   for (int o = 16; o > 0; o /= 2) total += __shfl_xor_sync(~0u, total, o);
   if (threadIdx.x == 0) {
+    const SampleParams p = a.m.sample[s];
     a.scratch.top[s] = make_float2(most, float(log(total)));
     a.scratch.token[s] = id_of(best);
-    if (!(a.m.sample[s].temperature > 0.f)) give(a, s, id_of(best));
+    SampleSelect start{};
+    start.threshold = 1;  // everything but NaN
+    start.digits = by_count(p, a.vocab) || by_mass(p) ? 0 : kDigits;
+    a.scratch.select[s] = start;
+    if (!(p.temperature > 0.f)) give(a, s, id_of(best));
   }
 }
 
-// The greatest key t such that the tokens with key >= t have at least `need`, digit by digit from the top. value(i, key): the
-// token's part. Each warp has its own histogram: lanes with the same digit are added first, so nothing is added twice at once.
-template <class Value>
-__device__ uint32_t select_key(const float* row, int n, U64 need, U64* bins /*[kChooseWarps, 256]*/, Value value) {
-  __shared__ U64 chosen_need;
-  __shared__ int chosen_digit;
+__device__ __forceinline__ int shift_of(int digit) { return digit == 0 ? 21 : digit == 1 ? 10 : 0; }
+__device__ __forceinline__ int bins_of(int digit) { return digit == 2 ? 1024 : 2048; }
+
+struct Digit {
+  int digit;
+  U64 need;  // that the digit's own bin still has to give
+};
+
+// The greatest digit whose bin and those above it have at least `need`. Thread t has bins kBins - 1 - kOwnBins t and below.
+__device__ Digit find_digit(const U64 (&bin)[kOwnBins], U64 need, int bins, U64* parts /*[kWarps]*/) {
+  __shared__ Digit found;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  uint32_t prefix = 0;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    for (int i = threadIdx.x; i < kChooseWarps * 256; i += kChooseThreads) bins[i] = 0;
-    __syncthreads();
-    for (int i0 = warp * 32; i0 < n; i0 += kChooseThreads) {
-      const int i = i0 + lane;
-      U64 v = 0;
-      uint32_t key = 0;
-      if (i < n) {
-        key = rule::order_key(row[i]);
-        if (shift == 24 || key >> (shift + 8) == prefix >> (shift + 8)) v = value(i, key);
-      }
-      const unsigned live = __ballot_sync(~0u, v != 0);
-      if (v != 0) {
-        const int digit = key >> shift & 255;
-        const unsigned peers = __match_any_sync(live, digit);
-        // a part is at most 2^40: its halves of 20 bits, added over 32 lanes, fit 32 bits
-        const U64 sum = U64(__reduce_add_sync(peers, uint32_t(v & 0xfffff))) + (U64(__reduce_add_sync(peers, uint32_t(v >> 20))) << 20);
-        if (lane == __ffs(peers) - 1) bins[warp * 256 + digit] += sum;
-      }
-      __syncwarp();
-    }
-    __syncthreads();
-    if (threadIdx.x < 256) {
-      U64 sum = 0;
-      for (int w = 0; w < kChooseWarps; ++w) sum += bins[w * 256 + threadIdx.x];
-      bins[threadIdx.x] = sum;  // this thread's own column
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      int digit = 255;
-      while (digit > 0 && bins[digit] < need) need -= bins[digit--];
-      chosen_need = need, chosen_digit = digit;
-    }
-    __syncthreads();
-    need = chosen_need;
-    prefix |= uint32_t(chosen_digit) << shift;
-    __syncthreads();
+  U64 own = 0;
+#pragma unroll
+  for (int i = 0; i < kOwnBins; ++i) own += bin[i];
+  U64 above = own;
+#pragma unroll
+  for (int o = 1; o < 32; o *= 2) {
+    const U64 other = __shfl_up_sync(~0u, above, o);
+    if (lane >= o) above += other;
   }
-  return prefix;
+  __syncthreads();
+  if (lane == 31) parts[warp] = above;
+  if (threadIdx.x == 0) found = need == 0 ? Digit{bins - 1, 0} : Digit{0, need};
+  __syncthreads();
+  above -= own;
+  for (int i = 0; i < warp; ++i) above += parts[i];
+  if (above < need && need <= above + own) {
+    int digit = kBins - 1 - int(threadIdx.x) * kOwnBins;
+#pragma unroll
+    for (int i = 0; i < kOwnBins - 1; ++i) {
+      if (above + bin[i] >= need) break;
+      above += bin[i], --digit;
+    }
+    found = Digit{digit, need - above};
+  }
+  __syncthreads();
+  return found;
 }
 
-// grid (S)
-__global__ void __launch_bounds__(kChooseThreads) choose(const Args a) {
-  extern __shared__ __align__(16) unsigned char smem[];
-  U64* const bins = reinterpret_cast<U64*>(smem);
-  __shared__ U64 parts[kChooseWarps];
+// One more digit of the threshold of the rows that are at digit 0 (FIRST) or past it. grid (parts, S)
+template <bool FIRST>
+__global__ void __launch_bounds__(kThreads, 2) next_digit(const Args a) {
+  __shared__ uint32_t count[kBins], low[kBins], high[kBins];
+  __shared__ U64 parts[kWarps];
   launch_dependents();
   grid_wait();
-  const int s = blockIdx.x;
+  const int s = blockIdx.y, n = a.vocab;
+  if (slot_of(a, s) < 0) return;
+  const SampleParams p = a.m.sample[s];
+  SampleSelect at = a.scratch.select[s];
+  if (!(p.temperature > 0.f) || (FIRST ? at.digits != 0 : at.digits == 0 || at.digits == kDigits)) return;
+  const bool counts = by_count(p, n) && !at.by_mass, masses = by_mass(p);
+  const int shift = shift_of(at.digits), bins = bins_of(at.digits), before = FIRST ? 0 : shift_of(at.digits - 1);
+  for (int i = threadIdx.x; i < kBins; i += kThreads) count[i] = low[i] = high[i] = 0;
+  __syncthreads();
+  const float* row = a.logits + int64_t(s) * n;
+  const float m = a.scratch.top[s].x;
+  const int end = end_of(n);
+  for (int i0 = begin_of(n) + threadIdx.x; i0 < end; i0 += kEach * kThreads) {
+    float v[kEach];
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) v[j] = i0 + j * kThreads < end ? row[i0 + j * kThreads] : 0.f;
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const uint32_t key = rule::order_key(v[j]);
+      if (i0 + j * kThreads >= end || (!FIRST && (key ^ at.prefix) >> before != 0)) continue;
+      const int digit = key >> shift & (bins - 1);
+      if (counts) atomicAdd(count + digit, 1u);
+      if (masses) {
+        const U64 mass = rule::mass_of(rule::exp_of(rule::div(rule::add(v[j], -m), p.temperature)));
+        if (mass == 0) continue;
+        const uint32_t old = atomicAdd(low + digit, uint32_t(mass)), carry = old + uint32_t(mass) < old;
+        if (uint32_t(mass >> 32) + carry) atomicAdd(high + digit, uint32_t(mass >> 32) + carry);
+      }
+    }
+  }
+  __syncthreads();
+  uint32_t* const row_count = a.scratch.count + ((FIRST ? 0 : kDecodeRows) + s) * kBins;
+  U64* const row_mass = a.scratch.mass + ((FIRST ? 0 : kDecodeRows) + s) * kBins;
+  for (int i = threadIdx.x; i < kBins; i += kThreads) {
+    if (count[i]) atomicAdd(row_count + i, count[i]);
+    const U64 mass = U64(high[i]) << 32 | low[i];
+    if (mass) atomicAdd(row_mass + i, mass);
+  }
+  if (!last_to_arrive(a, s)) return;
+
+  U64 bin[kOwnBins], mass[kOwnBins];
+  const int top_bin = kBins - 1 - int(threadIdx.x) * kOwnBins;
+#pragma unroll
+  for (int i = 0; i < kOwnBins; ++i) {
+    mass[i] = __ldcg(row_mass + top_bin - i);
+    bin[i] = counts ? __ldcg(row_count + top_bin - i) : mass[i];
+  }
+  if (!FIRST)
+#pragma unroll
+    for (int i = 0; i < kOwnBins; ++i) __stcg(row_count + top_bin - i, 0u), __stcg(row_mass + top_bin - i, U64(0));
+  const auto total_from = [&](int digit) {  // mass of the bins from digit up
+    U64 sum = 0;
+#pragma unroll
+    for (int i = 0; i < kOwnBins; ++i) sum += top_bin - i >= digit ? mass[i] : 0;
+    return block_sum(sum, parts);
+  };
+  if (FIRST) {
+    at.by_mass = !counts;
+    at.need = counts ? U64(p.top_k) : rule::mass_needed(p.top_p, total_from(0));
+  }
+  Digit d = find_digit(bin, at.need, bins, parts);
+  at.prefix |= uint32_t(d.digit) << shift;
+  at.need = d.need;
+  ++at.digits;
+  if (counts && masses) at.above += total_from(d.digit + (at.digits < kDigits));
+  if (at.digits == kDigits) {
+    at.threshold = max(1u, at.prefix);
+    if (!at.by_mass && masses) {  // top_p of what top_k has left: its first digit is in the first histogram
+#pragma unroll
+      for (int i = 0; i < kOwnBins; ++i) bin[i] = __ldcg(a.scratch.mass + s * kBins + top_bin - i);
+      d = find_digit(bin, rule::mass_needed(p.top_p, at.above), kBins, parts);
+      at.need = d.need;
+      at.prefix = uint32_t(d.digit) << shift_of(0);
+      at.digits = 1;
+      at.by_mass = 1;
+    }
+  }
+  if (threadIdx.x == 0) a.scratch.select[s] = at;
+}
+
+// grid (parts, S)
+__global__ void __launch_bounds__(kThreads) choose(const Args a) {
+  __shared__ U64 parts[kWarps];
+  launch_dependents();
+  grid_wait();
+  const int s = blockIdx.y;
   if (slot_of(a, s) < 0) return;
   const SampleParams p = a.m.sample[s];
   if (!(p.temperature > 0.f)) return;
-  const int n = a.vocab;
+  const int n = a.vocab, groups = (n + 3) / 4, end = end_of(groups);
+  if (by_count(p, n) || by_mass(p))  // the first histogram is done with
+    for (int i = begin_of(kBins) + threadIdx.x; i < end_of(kBins); i += kThreads)
+      a.scratch.count[s * kBins + i] = 0, a.scratch.mass[s * kBins + i] = 0;
   const float* row = a.logits + int64_t(s) * n;
   const float m = a.scratch.top[s].x;
-  auto distance = [&](int i) { return rule::div(rule::add(row[i], -m), p.temperature); };
-  uint32_t t = 1;  // everything but NaN
-  if (p.top_k > 0 && p.top_k < n) t = max(t, select_key(row, n, U64(p.top_k), bins, [](int, uint32_t) { return U64(1); }));
-  if (p.top_p < 1.f) {
-    auto mass = [&](int i, uint32_t key) { return key >= t ? U64(rule::mass_of(rule::exp_of(distance(i)))) : U64(0); };
-    U64 total = 0;
-    for (int i = threadIdx.x; i < n; i += kChooseThreads) total += mass(i, rule::order_key(row[i]));
-    total = block_sum<kChooseWarps>(total, parts);
-    t = max(t, select_key(row, n, rule::mass_needed(p.top_p, total), bins, mass));
-  }
+  const uint32_t t = a.scratch.select[s].threshold;
   const int position = a.m.position[a.m.logit_row[s]] + 1;
   U64 best = 0;
-  for (int group = threadIdx.x; group * 4 < n; group += kChooseThreads) {
-    float d[4], noise[4];
+  for (int group = begin_of(groups) + threadIdx.x; group < end; group += kThreads) {
+    float x[4], d[4], noise[4];
     bool kept[4];
 #pragma unroll
+    for (int j = 0; j < 4; ++j) x[j] = group * 4 + j < n ? row[group * 4 + j] : 0.f;
+#pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int i = group * 4 + j;
-      kept[j] = i < n && rule::order_key(row[i]) >= t;
-      d[j] = kept[j] ? distance(i) : 0.f;
+      kept[j] = group * 4 + j < n && rule::order_key(x[j]) >= t;
+      d[j] = kept[j] ? rule::div(rule::add(x[j], -m), p.temperature) : 0.f;
       kept[j] = kept[j] && rule::exp_of(d[j]) >= p.min_p;
     }
     if (!(kept[0] || kept[1] || kept[2] || kept[3])) continue;
@@ -204,16 +310,32 @@ __global__ void __launch_bounds__(kChooseThreads) choose(const Args a) {
         if (key) best = max(best, ranked(key, group * 4 + j));
       }
   }
-  best = block_max<kChooseWarps>(best, parts);
+  best = block_max(best, parts);
+  if (threadIdx.x == 0) __stcg(a.scratch.best + s * kSampleParts + blockIdx.x, best);
+  if (!last_to_arrive(a, s) || threadIdx.x >= 32) return;
+  best = threadIdx.x < gridDim.x ? __ldcg(a.scratch.best + s * kSampleParts + threadIdx.x) : 0;
+#pragma unroll
+  for (int o = 16; o > 0; o /= 2) best = max(best, __shfl_xor_sync(~0u, best, o));
   if (threadIdx.x == 0) give(a, s, best ? id_of(best) : a.scratch.token[s]);  // no score that is a number: the greatest logit
 }
 
 }  // namespace
 
-void sample(const Stream& s, const float* logits, int vocab, int S, bool general, const StepMeta& m, const SampleScratch& scratch) {
+void sample(const Stream& s, const float* logits, int vocab, int S, Sampling kind, const StepMeta& m, const SampleScratch& scratch) {
   const Args a{logits, vocab, m, scratch};
   launch(s, row_top, dim3(kSampleParts, S), kThreads, 0, a);
-  if (general) launch(s, choose, S, kChooseThreads, kChooseWarps * 256 * sizeof(U64), a);
+  if (kind == Sampling::greedy) return;
+  const dim3 grid(std::clamp(4 * s.sms / S, 8, kSampleParts), S);  // integers: the number of parts changes nothing
+  if (kind != Sampling::temperature) {
+    launch(s, next_digit<true>, grid, kThreads, 0, a);
+    for (int i = 1; i < (kind == Sampling::top_k_and_p ? 2 : 1) * (kDigits - 1) + 1; ++i) launch(s, next_digit<false>, grid, kThreads, 0, a);
+  }
+  launch(s, choose, grid, kThreads, 0, a);
+}
+
+Sampling sampling_of(const SampleParams& p) {
+  if (!(p.temperature > 0.f)) return Sampling::greedy;
+  return p.top_k > 0 && p.top_p < 1.f ? Sampling::top_k_and_p : p.top_k > 0 || p.top_p < 1.f ? Sampling::top_k_or_p : Sampling::temperature;
 }
 
 }  // namespace codefuse::cuda
