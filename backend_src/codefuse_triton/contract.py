@@ -131,7 +131,7 @@ COUNTS = (
     Tensor("output_log_probs", "FP32", -1, "log-probability of each new token (return_log_probs)"),
 )
 ENDING = (
-    Tensor("finish_reason", "STRING", 1, "last response: eos, stop, length, cancelled or error; else empty"),
+    Tensor("finish_reason", "STRING", 1, "last response: eos, stop, length, cancelled or error"),
     Tensor("stop_reason", "STRING", 1, "last response: the stop string that ended the text"),
     Tensor("timings", "FP32", 3, "last response: seconds queued, in the prompt, generating"),
 )
