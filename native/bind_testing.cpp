@@ -139,6 +139,24 @@ class TestOps {
     return read(to);
   }
 
+  py::tuple linear_pair(const py::dict& batch, const Floats& xa, const py::object& wa, const Floats& xb, const py::object& wb, const std::string& format,
+                        const MaybeFloats& bias_a, const MaybeFloats& bias_b, const std::optional<std::string>& activation) {
+    const Linear a{matrix(wa, format), vector(bias_a)}, b{matrix(wb, format), vector(bias_b)};
+    const Activation act = parse_activation(activation.value_or("relu"));
+    Buffer from_a = in(xa, ops_->act()), from_b = in(xb, ops_->act());
+    Buffer ya = out({xa.shape(0), a.weight.rows}, ops_->act()), yb = out({xb.shape(0), b.weight.rows}, ops_->act());
+    run(batch, [&] { ops_->linear_pair(ya.data, from_a.data, a, nullptr, yb.data, from_b.data, b, activation ? &act : nullptr); });
+    return py::make_tuple(read(ya), read(yb));
+  }
+
+  Floats linear_add_pair(const py::dict& batch, const Floats& y, const Floats& xa, const py::object& wa, const Floats& xb, const py::object& wb,
+                         const std::string& format, const MaybeFloats& bias_a, const MaybeFloats& bias_b, bool add_bias) {
+    const Linear a{matrix(wa, format), vector(bias_a)}, b{matrix(wb, format), vector(bias_b)};
+    Buffer from_a = in(xa, ops_->act()), from_b = in(xb, ops_->act()), to = in(y, DType::f32);
+    run(batch, [&] { ops_->linear_add_pair(to.floats(), from_a.data, a, from_b.data, b, add_bias); });
+    return read(to);
+  }
+
   Floats logits(const py::dict& batch, const Floats& x, const py::object& weight, const std::string& format, const MaybeFloats& bias) {
     const Linear w{matrix(weight, format), vector(bias)};
     Buffer from = in(x, ops_->act()), y = out({x.shape(0), w.weight.rows}, DType::f32);
@@ -329,6 +347,10 @@ void bind_testing(py::module_& module) {
            "logit_rows"_a = false)
       .def("linear", &TestOps::linear, "batch"_a, "x"_a, "weight"_a, "format"_a = "f32", "bias"_a = py::none(),
            "activation"_a = py::none())
+      .def("linear_pair", &TestOps::linear_pair, "batch"_a, "xa"_a, "wa"_a, "xb"_a, "wb"_a, "format"_a = "f32", "bias_a"_a = py::none(),
+           "bias_b"_a = py::none(), "activation"_a = py::none())
+      .def("linear_add_pair", &TestOps::linear_add_pair, "batch"_a, "y"_a, "xa"_a, "wa"_a, "xb"_a, "wb"_a, "format"_a = "f32",
+           "bias_a"_a = py::none(), "bias_b"_a = py::none(), "add_bias"_a = true)
       .def("linear_add", &TestOps::linear_add, "batch"_a, "y"_a, "x"_a, "weight"_a, "format"_a = "f32", "bias"_a = py::none(),
            "add_bias"_a = true)
       .def("logits", &TestOps::logits, "batch"_a, "x"_a, "weight"_a, "format"_a = "f32", "bias"_a = py::none())

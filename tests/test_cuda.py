@@ -129,6 +129,30 @@ def test_a_prefill_row_is_the_same_in_tiles_of_any_shape(both, n):
         np.testing.assert_array_equal(both.cuda.linear_add(batch, y[part], x[part], w, format), added[part])
 
 
+@pytest.mark.parametrize("na,ka,nb,kb", [(1, 1, 3, 8), (257, 192, 300, 64), (64, 704, 1100, 704), (1536, 640, 2048, 640), (256, 128, 256, 5120), (512, 4096, 700, 64)])
+@pytest.mark.parametrize("decode,prefill", [(1, 0), (9, 0), (23, 0), (64, 0), (3, 33)])
+def test_linear_pairs(both, na, ka, nb, kb, decode, prefill):
+    rng = np.random.default_rng(na * ka + decode)
+    format, rows, batch = FORMAT[both.dtype], decode + prefill, rows_batch(decode, prefill)
+    xa, xb = both.round(rng.standard_normal((rows, ka))), both.round(rng.standard_normal((rows, kb)))
+    wa, wb = (as_format(rng.standard_normal((n, k)) / np.sqrt(k), format)[0] for n, k in ((na, ka), (nb, kb)))
+    ba, bb = rng.standard_normal(na).astype(np.float32), rng.standard_normal(nb).astype(np.float32)
+    both.same("linear_pair", batch, xa, wa, xb, wb, format, ba, bb, activation="gelu")
+    both.same("linear_pair", batch, xa, wa, xb, wb, format)
+    wb = as_format(rng.standard_normal((na, kb)) / np.sqrt(kb), format)[0]
+    y, bb = rng.standard_normal((rows, na)).astype(np.float32), rng.standard_normal(na).astype(np.float32)
+    eps = 5e-6 if both.dtype == "float32" else 1e-4
+    both.same("linear_add_pair", batch, y, xa, wa, xb, wb, format, ba, bb, eps=eps)
+    both.same("linear_add_pair", batch, y, xa, wa, xb, wb, format, ba, bb, add_bias=False, eps=eps)
+    if not prefill:  # each row alone; and again, from the scratch that the first left
+        total = both.cuda.linear_add_pair(batch, y, xa, wa, xb, wb, format)
+        np.testing.assert_array_equal(both.cuda.linear_add_pair(batch, y, xa, wa, xb, wb, format), total)
+        pair = both.cuda.linear_pair(batch, xa, wa, xb, wb, format)
+        for got, want in zip(both.cuda.linear_pair(rows_batch(1, 0), xa[-1:], wa, xb[-1:], wb, format), pair):
+            np.testing.assert_array_equal(got, want[-1:])
+        np.testing.assert_array_equal(both.cuda.linear_add_pair(rows_batch(1, 0), y[-1:], xa[-1:], wa, xb[-1:], wb, format), total[-1:])
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
 def test_activations(both, activation):
     rng = np.random.default_rng(5)

@@ -115,6 +115,12 @@ __device__ __forceinline__ void bulk_copy(void* dst, const void* src, uint32_t b
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(dst)),
                "l"(src), "r"(bytes), "r"(shared_address(b)) : "memory");
 }
+// one box of a CUtensorMap (a kernel parameter) whose first element is (column, row)
+__device__ __forceinline__ void tensor_copy(void* dst, const void* map, int column, int row, uint64_t* b) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(shared_address(dst)),
+               "l"(map), "r"(column), "r"(row), "r"(shared_address(b)) : "memory");
+}
+__device__ __forceinline__ void prefetch_map(const void* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 #endif
 
 // ---- tensor cores -------------------------------------------------------------------------------------------------------

@@ -32,6 +32,10 @@ class CudaOps final : public Ops {
   void norm(void* y, const float* x, const Norm& n, NormKind kind, float eps, int hidden) override;
   void linear(void* y, const void* x, const Linear& w, const Activation* act_fn) override;
   void linear_add(float* y, const void* x, const Linear& w, bool add_bias) override;
+  void norm_pair(void* ya, const Norm& na, void* yb, const Norm& nb, const float* x, NormKind kind, float eps, int hidden) override;
+  void linear_pair(void* ya, const void* xa, const Linear& wa, const Activation* fn_a, void* yb, const void* xb, const Linear& wb,
+                   const Activation* fn_b) override;
+  void linear_add_pair(float* y, const void* xa, const Linear& wa, const void* xb, const Linear& wb, bool add_bias) override;
   void gate(void* y, const void* gate, const void* up, Activation act_fn, int n) override;
   void rope_store(void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) override;
   void attention(void* out, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) override;
@@ -61,7 +65,9 @@ class CudaOps final : public Ops {
   // ---- ops.cu
   void fill_meta(const Batch& batch, int padded_rows, int ticket);
   void run_recorded(int rows, const std::function<void()>& body);
-  void linear_rows(const void* x, const Linear& w, const Epilogue& e, int decode, int rows);
+  const void* padded(const void* x, int K, int rows);
+  void linear_rows(const void* x, const Linear& w, const Epilogue& e, int first, int decode, int rows);
+  bool streams(const void* x, const Linear& w) const;
   AttentionShape shape(const ModelConfig& c, int heads, int kv_heads) const;
 
   int index_;

@@ -18,6 +18,7 @@ __device__ __forceinline__ float activate(float z, int fn) {
 template <class T>
 __device__ __forceinline__ void store_output(const Epilogue& e, float z, int64_t t, int n, int N) {
   if (e.bias) z += e.bias[n];
+  if (e.bias_b) z += e.bias_b[n];
   int64_t i = t * N + n;
   if (e.store == Store::add)
     static_cast<float*>(e.y)[i] += z;

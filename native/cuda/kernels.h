@@ -35,16 +35,31 @@ struct Epilogue {
   int activation = -1;          // Activation, or -1: none
   const float* bias = nullptr;  // [N]
   void* y = nullptr;            // [T, N]
+  const float* bias_b = nullptr;  // [N], added too
 };
 
 // Where the blocks of decode_linear leave parts of outputs whose K they share.
 struct SplitScratch {
-  float* partial = nullptr;  // [2 * SMs, kDecodeRows, kGroupRows]
-  int32_t* arrived = nullptr;  // [groups], zero between launches
+  float* partial = nullptr;  // [SMs, kDecodeRows, kGroupRows], all bits set between launches
 };
 
-// y[t] from x W^T + b for T <= kDecodeRows decode rows; w in tiles (16-bit act), x [T, K] with K a multiple of kChunkCols.
-void decode_linear(const Stream& s, DType act, const void* x, const void* w, int T, int N, int K, const SplitScratch& scratch, const Epilogue& e);
+// y[t] from x W^T + b for T <= kDecodeRows decode rows.
+struct DecodeInput {
+  const void* x;  // [T, K], K a multiple of kChunkCols, 16-byte aligned
+  const void* w;  // [N, K] in tiles
+  int K;
+};
+struct DecodeOutput {
+  int N;
+  Epilogue epilogue;
+};
+void decode_linear(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const SplitScratch& scratch);
+// Two products in one launch.
+void decode_linear_pair(const Stream& s, DType act, int T, const DecodeInput& in_a, const DecodeOutput& out_a, const DecodeInput& in_b,
+                        const DecodeOutput& out_b, const SplitScratch& scratch);
+// One output of two: x_a W_a^T + x_b W_b^T.
+void decode_linear_sum(const Stream& s, DType act, int T, const DecodeInput& in_a, const DecodeInput& in_b, const DecodeOutput& out,
+                       const SplitScratch& scratch);
 // Where blocks of prefill_linear on Hopper leave sums for each other; without it, fewer tiles run side by side.
 constexpr int kPrefillSlot = 128 * 256;  // floats of a block
 struct PrefillScratch {
@@ -65,6 +80,13 @@ void pad_columns(const Stream& s, void* y, const void* x, int T, int K, int padd
 // rows [rows, K] dense at src -> tiles of the act dtype (16-bit) beginning with row group `group`, or float32 rows at dst. overflow
 // becomes 1 when a finite weight does not fit act.
 void repack(const Stream& s, DType act, Format format, const void* src, int rows, int K, void* dst, int64_t first_row, int32_t* overflow);
+// Quantized rows: part is dense in device memory, `total_rows` those of the whole matrix at dst (weights.cuh; float32 act: rows).
+// overflow becomes 1 when a weight does not fit act.
+void repack_quantized(const Stream& s, DType act, const HostMatrix& part, int64_t total_rows, void* dst, int64_t first_row, int32_t* overflow);
+// A quantized matrix in 16-bit tiles of act, for prefill.
+void expand(const Stream& s, DType act, Format format, const void* w, int N, int K, void* tiles);
+// y [N, K] = the values of a matrix as it lies in device memory; not scaled down to act.
+void read_weights(const Stream& s, DType act, Format format, const void* w, int N, int K, float* y);
 void to_float32(const Stream& s, Format format, const void* src, int64_t n, float* dst);
 
 void embed(const Stream& s, DType act, float* x, const void* table, const StepMeta& m, int T, int hidden, int vocab);

@@ -11,7 +11,6 @@ namespace codefuse::cuda {
 namespace {
 
 constexpr size_t kAttentionScratch = size_t(256) << 20;  // bytes at most; more rows take several launches
-constexpr int kGroupsMax = 1 << 14;                       // as load_matrix checks
 
 size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
@@ -66,8 +65,9 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
   upload(angles_, angles.data(), angles.size() * sizeof(float2));
 
   if (act_ != DType::f32) {
-    split_.partial = alloc_array<float>(size_t(2) * s_.sms * kDecodeRows * kGroupRows);
-    split_.arrived = alloc_array<int32_t>(kGroupsMax);
+    const size_t parts = size_t(s_.sms) * kDecodeRows * kGroupRows;
+    split_.partial = alloc_array<float>(parts);
+    check(cudaMemsetAsync(split_.partial, 0xff, parts * sizeof(float), s_.stream), "planning");
   }
   if (s_.wgmma && act_ != DType::f32) {
     prefill_.partial = alloc_array<float>(size_t(s_.sms) * kPrefillSlot);
@@ -183,8 +183,22 @@ Sampled CudaOps::collect(int ticket) {
   return out;
 }
 
-// Rows [0, decode) through the streaming kernel, [decode, rows) through the prefill kernel.
-void CudaOps::linear_rows(const void* x, const Linear& w, const Epilogue& e, int decode, int rows) {
+// x with rows of whole chunks, 16-byte aligned (16-bit act).
+const void* CudaOps::padded(const void* x, int K, int rows) {
+  const int columns = int(steps_of(K)) * kChunkCols;
+  if (columns == K && reinterpret_cast<uintptr_t>(x) % 16 == 0) return x;
+  const size_t bytes = size_t(rows) * columns * 2;
+  if (bytes > padded_bytes_) {  // for all rows at the first use, which is never recorded
+    padded_bytes_ = size_t(std::max(rows, limits_.rows)) * columns * 2;
+    padded_ = alloc(padded_bytes_);
+  }
+  pad_columns(s_, padded_, x, rows, K, columns);
+  return padded_;
+}
+
+// Rows [first, decode) through the streaming kernel, the rest up to `rows` through the prefill kernel.
+void CudaOps::linear_rows(const void* x, const Linear& w, const Epilogue& e, int first, int decode, int rows) {
+  if (first >= rows) return;
   const int N = int(w.weight.rows), K = int(w.weight.cols);
   auto epilogue_at = [&](int row) {
     Epilogue at = e;
@@ -194,24 +208,50 @@ void CudaOps::linear_rows(const void* x, const Linear& w, const Epilogue& e, int
   if (act_ == DType::f32) {
     const auto* in = static_cast<const float*>(x);
     const auto* weights = static_cast<const float*>(w.weight.data);
-    if (decode) decode_linear_f32(s_, in, weights, decode, N, K, e);
+    if (decode > first) decode_linear_f32(s_, in + int64_t(first) * K, weights, decode - first, N, K, epilogue_at(first));
     if (rows > decode) prefill_linear_f32(s_, in + int64_t(decode) * K, weights, rows - decode, N, K, epilogue_at(decode));
     return;
   }
-  const int padded = int(steps_of(K)) * kChunkCols;
-  if (padded != K || reinterpret_cast<uintptr_t>(x) % 16 != 0) {
-    const size_t bytes = size_t(rows) * padded * 2;
-    if (bytes > padded_bytes_) {  // for all rows at the first use, which is never recorded
-      padded_bytes_ = size_t(std::max(rows, limits_.rows)) * padded * 2;
-      padded_ = alloc(padded_bytes_);
-    }
-    pad_columns(s_, padded_, x, rows, K, padded);
-    x = padded_;
+  const int columns = int(steps_of(K)) * kChunkCols;
+  const auto* in = static_cast<const char*>(padded(x, K, rows));
+  for (int r = first; r < decode; r += kDecodeRows)
+    decode_linear(s_, act_, std::min(kDecodeRows, decode - r), {in + int64_t(r) * columns * 2, w.weight.data, columns}, {N, epilogue_at(r)}, split_);
+  if (rows > decode) prefill_linear(s_, act_, in + int64_t(decode) * columns * 2, w.weight.data, rows - decode, N, columns, epilogue_at(decode), prefill_);
+}
+
+// Decode rows whose x the streaming kernel can read as it is.
+bool CudaOps::streams(const void* x, const Linear& w) const {
+  return act_ != DType::f32 && decode_rows_ > 0 && decode_rows_ <= kDecodeRows && w.weight.cols % kChunkCols == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+}
+
+void CudaOps::linear_pair(void* ya, const void* xa, const Linear& wa, const Activation* fn_a, void* yb, const void* xb, const Linear& wb, const Activation* fn_b) {
+  const Epilogue ea{Store::act, fn_a ? int(*fn_a) : -1, wa.bias, ya}, eb{Store::act, fn_b ? int(*fn_b) : -1, wb.bias, yb};
+  int first = 0;
+  if (streams(xa, wa) && streams(xb, wb)) {
+    decode_linear_pair(s_, act_, decode_rows_, {xa, wa.weight.data, int(wa.weight.cols)}, {int(wa.weight.rows), ea},
+                       {xb, wb.weight.data, int(wb.weight.cols)}, {int(wb.weight.rows), eb}, split_);
+    first = decode_rows_;
   }
-  const auto* in = static_cast<const char*>(x);
-  for (int r = 0; r < decode; r += kDecodeRows)
-    decode_linear(s_, act_, in + int64_t(r) * padded * 2, w.weight.data, std::min(kDecodeRows, decode - r), N, padded, split_, epilogue_at(r));
-  if (rows > decode) prefill_linear(s_, act_, in + int64_t(decode) * padded * 2, w.weight.data, rows - decode, N, padded, epilogue_at(decode), prefill_);
+  linear_rows(xa, wa, ea, first, decode_rows_, rows_);
+  linear_rows(xb, wb, eb, first, decode_rows_, rows_);
+}
+
+void CudaOps::linear_add_pair(float* y, const void* xa, const Linear& wa, const void* xb, const Linear& wb, bool add_bias) {
+  const Epilogue ea{Store::add, -1, add_bias ? wa.bias : nullptr, y}, eb{Store::add, -1, add_bias ? wb.bias : nullptr, y};
+  int first = 0;
+  if (streams(xa, wa) && streams(xb, wb)) {
+    Epilogue sum = ea;
+    sum.bias_b = eb.bias;
+    decode_linear_sum(s_, act_, decode_rows_, {xa, wa.weight.data, int(wa.weight.cols)}, {xb, wb.weight.data, int(wb.weight.cols)},
+                      {int(wa.weight.rows), sum}, split_);
+    first = decode_rows_;
+  }
+  linear_rows(xa, wa, ea, first, decode_rows_, rows_);
+  linear_rows(xb, wb, eb, first, decode_rows_, rows_);
+}
+
+void CudaOps::norm_pair(void* ya, const Norm& na, void* yb, const Norm& nb, const float* x, NormKind kind, float eps, int hidden) {
+  cuda::norm_pair(s_, act_, ya, na, yb, nb, x, kind, eps, rows_, hidden);
 }
 
 void CudaOps::embed(float* x, const Matrix& table) { cuda::embed(s_, act_, x, table.data, meta_, rows_, int(table.cols), int(table.rows)); }
@@ -222,11 +262,11 @@ void CudaOps::norm(void* y, const float* x, const Norm& n, NormKind kind, float 
 }
 
 void CudaOps::linear(void* y, const void* x, const Linear& w, const Activation* act_fn) {
-  linear_rows(x, w, Epilogue{Store::act, act_fn ? int(*act_fn) : -1, w.bias, y}, decode_rows_, rows_);
+  linear_rows(x, w, Epilogue{Store::act, act_fn ? int(*act_fn) : -1, w.bias, y}, 0, decode_rows_, rows_);
 }
 
 void CudaOps::linear_add(float* y, const void* x, const Linear& w, bool add_bias) {
-  linear_rows(x, w, Epilogue{Store::add, -1, add_bias ? w.bias : nullptr, y}, decode_rows_, rows_);
+  linear_rows(x, w, Epilogue{Store::add, -1, add_bias ? w.bias : nullptr, y}, 0, decode_rows_, rows_);
 }
 
 void CudaOps::gate(void* y, const void* gate, const void* up, Activation act_fn, int n) {
@@ -263,7 +303,7 @@ void CudaOps::norm_logit_rows(void* y, const float* x, const Norm& n, NormKind k
 }
 
 void CudaOps::logits(float* y, const void* x, const Linear& head) {
-  if (samples_) linear_rows(x, head, Epilogue{Store::f32, -1, head.bias, y}, samples_, samples_);
+  if (samples_) linear_rows(x, head, Epilogue{Store::f32, -1, head.bias, y}, 0, samples_, samples_);
 }
 
 void CudaOps::sample(const float* logits, int vocab) {

@@ -11,6 +11,7 @@ Model::Model(const ModelConfig& config, ModelWeights weights, const Limits& limi
   x_ = floats(t * h);
   if (comm.world() > 1) partial_ = floats(t * h);
   normed_ = ops.alloc(t * h * act);
+  if (config.residual == ResidualKind::parallel_two_norms) normed2_ = ops.alloc(t * h * act);
   qkv_ = ops.alloc(t * size_t(heads_ + 2 * kv_heads_) * d * act);
   attended_ = ops.alloc(t * size_t(heads_) * d * act);
   up_ = ops.alloc(t * f * act);
@@ -53,6 +54,20 @@ void Model::mlp_block(Layer& layer, const void* normed) {
   }
 }
 
+// Attention and an ungated MLP side by side.
+void Model::parallel_layer(Layer& layer, int rows) {
+  const bool two = config_.residual == ResidualKind::parallel_two_norms;
+  if (two) {
+    ops_.norm_pair(normed_, layer.norm1, normed2_, layer.norm2, x_, config_.norm, config_.norm_eps, config_.hidden);
+  } else {
+    ops_.norm(normed_, x_, layer.norm1, config_.norm, config_.norm_eps, config_.hidden);
+  }
+  ops_.linear_pair(qkv_, normed_, layer.qkv, nullptr, up_, two ? normed2_ : normed_, layer.mlp_up, &config_.activation);
+  ops_.rope_store(qkv_, layer.kv, config_, heads_, kv_heads_);
+  ops_.attention(attended_, qkv_, layer.kv, config_, heads_, kv_heads_);
+  add_to_residual(rows, [&](float* y) { ops_.linear_add_pair(y, attended_, layer.attn_out, up_, layer.mlp_down, comm_.rank() == 0); });
+}
+
 void Model::forward(const Batch& batch) {
   const int rows = batch.rows(), h = config_.hidden;
   const bool first = comm_.rank() == 0;  // adds the biases of sums over ranks
@@ -61,6 +76,10 @@ void Model::forward(const Batch& batch) {
   ops_.embed(x_, weights_.embed);
   if (config_.position == PositionKind::learned) ops_.add_position(x_, weights_.position);
   for (Layer& layer : weights_.layers) {
+    if (config_.residual != ResidualKind::serial && !config_.gated) {
+      parallel_layer(layer, rows);
+      continue;
+    }
     norm(layer.norm1);
     attention_block(layer, normed_);
     if (config_.residual == ResidualKind::serial) {

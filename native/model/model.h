@@ -43,6 +43,7 @@ class Model {
  private:
   void attention_block(Layer& layer, const void* normed);
   void mlp_block(Layer& layer, const void* normed);
+  void parallel_layer(Layer& layer, int rows);
   template <class F>
   void add_to_residual(int rows, const F& parts);
 
@@ -52,7 +53,7 @@ class Model {
   Comm& comm_;
   const int heads_, kv_heads_, intermediate_;  // this rank's
   float *x_, *partial_ = nullptr;              // [T, H]: the residual stream; this rank's part of a sum
-  void *normed_, *qkv_, *attended_, *up_, *gated_ = nullptr;
+  void *normed_, *normed2_ = nullptr, *qkv_, *attended_, *up_, *gated_ = nullptr;
   float *last_, *local_logits_, *logits_;      // [S, H], [S, V share], [S, V]
   void* last_normed_;                          // [S, H]
 };

@@ -69,6 +69,20 @@ class Ops {
   virtual void linear(void* y /*[T,N] act*/, const void* x /*[T,K] act*/, const Linear& w, const Activation* act_fn = nullptr) = 0;
   // y += x W^T + b  (b skipped when add_bias is false: it is added on one rank only)
   virtual void linear_add(float* y /*[T,N]*/, const void* x /*[T,K] act*/, const Linear& w, bool add_bias = true) = 0;
+  // Two of the above that do not depend on each other, for devices that are faster at both together.
+  virtual void norm_pair(void* ya, const Norm& na, void* yb, const Norm& nb, const float* x, NormKind kind, float eps, int hidden) {
+    norm(ya, x, na, kind, eps, hidden);
+    norm(yb, x, nb, kind, eps, hidden);
+  }
+  virtual void linear_pair(void* ya, const void* xa, const Linear& wa, const Activation* fn_a, void* yb, const void* xb, const Linear& wb,
+                           const Activation* fn_b) {
+    linear(ya, xa, wa, fn_a);
+    linear(yb, xb, wb, fn_b);
+  }
+  virtual void linear_add_pair(float* y, const void* xa, const Linear& wa, const void* xb, const Linear& wb, bool add_bias = true) {
+    linear_add(y, xa, wa, add_bias);
+    linear_add(y, xb, wb, add_bias);
+  }
   // y = act_fn(gate) * up; y may be gate or up
   virtual void gate(void* y /*[T,F] act*/, const void* gate /*[T,F] act*/, const void* up /*[T,F] act*/, Activation act_fn, int n) = 0;
   // Rotates Q and K (rope; D = head_dim, first rope_dim dimensions, pairs (i, i + rope_dim/2)), stores K and V in their pages.
