@@ -40,13 +40,16 @@ $(STAMPS)/venv:
 	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON); set PYTHON to a Python >= 3.10" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	  || { echo "$(PYTHON) is $$($(PYTHON) --version); 3.10 or newer is needed (set PYTHON)" >&2; exit 1; }
+	@command -v tritonserver >/dev/null || $(PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 13))' \
+	  || { echo "$$($(PYTHON) --version): the tritonserver of the nvidia-pytriton wheel needs numpy 1, which has no wheel for it;" \
+	  "set PYTHON to a Python 3.10, 3.11 or 3.12" >&2; exit 1; }
 	@command -v $${CXX:-c++} >/dev/null || { echo "no C++ compiler (Debian, Ubuntu: apt-get install g++)" >&2; exit 1; }
 	@echo "== Python environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV) || { echo "could not make it (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/build-tools: | $(STAMPS)/venv
-	@$(PIP) install --quiet 'scikit-build-core>=0.10' 'pybind11>=2.13' 'flit_core>=3.4' 'cmake>=3.24' ninja
+	@$(PIP) install --quiet 'scikit-build-core>=0.10' 'pybind11>=2.13' 'flit_core>=3.4' 'cmake>=3.24' ninja setuptools wheel
 	@touch $@
 
 # nvcc where the machine has none; its wheels lack two names that CMake looks for.
