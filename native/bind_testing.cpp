@@ -100,6 +100,13 @@ class TestOps {
     return read(y);
   }
 
+  Floats read_matrix(const py::object& weight, const std::string& format) {
+    const Matrix m = matrix(weight, format);
+    Buffer y = out({m.rows, m.cols}, DType::f32);
+    ops_->read_matrix(y.floats(), m);
+    return read(y);
+  }
+
   Floats add_position(const py::dict& batch, const Floats& x, const py::object& table, const std::string& format) {
     const Matrix m = matrix(table, format);
     Buffer y = in(x, DType::f32);
@@ -342,6 +349,7 @@ void bind_testing(py::module_& module) {
       .def_property_readonly("dtype", &TestOps::dtype)
       .def("plan", &TestOps::plan, "config"_a, "slots"_a, "rows"_a, "max_len"_a, "pages"_a)
       .def("embed", &TestOps::embed, "batch"_a, "table"_a, "format"_a = "f32")
+      .def("read_matrix", &TestOps::read_matrix, "weight"_a, "format"_a)
       .def("add_position", &TestOps::add_position, "batch"_a, "x"_a, "table"_a, "format"_a = "f32")
       .def("norm", &TestOps::norm, "batch"_a, "x"_a, "weight"_a, "bias"_a = py::none(), "kind"_a = "layer", "eps"_a = 1e-5f,
            "logit_rows"_a = false)

@@ -97,6 +97,10 @@ void CpuOps::step(const Batch& batch, int ticket, const std::function<void()>& b
 
 Sampled CpuOps::collect(int ticket) { return std::move(sampled_[ticket]); }
 
+void CpuOps::read_matrix(float* y, const Matrix& m) {
+  for (int64_t r = 0; r < m.rows; ++r) decode_row(m.host, r, y + r * m.cols);
+}
+
 void CpuOps::upload(void* dst, const void* src, size_t bytes) { std::memcpy(dst, src, bytes); }
 void CpuOps::download(void* dst, const void* src, size_t bytes) { std::memcpy(dst, src, bytes); }
 

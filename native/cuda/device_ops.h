@@ -46,6 +46,7 @@ class CudaOps final : public Ops {
   void logits(float* y, const void* x, const Linear& head) override;
   void sample(const float* logits, int vocab) override;
 
+  void read_matrix(float* y, const Matrix& m) override;
   void upload(void* dst, const void* src, size_t bytes) override;
   void download(void* dst, const void* src, size_t bytes) override;
 
@@ -67,6 +68,7 @@ class CudaOps final : public Ops {
   void run_recorded(int rows, const std::function<void()>& body);
   const void* padded(const void* x, int K, int rows);
   void linear_rows(const void* x, const Linear& w, const Epilogue& e, int first, int decode, int rows);
+  const void* tiles_of(const Matrix& m);
   bool streams(const void* x, const Linear& w) const;
   AttentionShape shape(const ModelConfig& c, int heads, int kv_heads) const;
 
@@ -80,7 +82,7 @@ class CudaOps final : public Ops {
 
   ModelConfig config_;
   Limits limits_;
-  bool planned_ = false, replay_ = false;
+  bool planned_ = false, replay_ = false, quantized_ = false;
   StepMeta meta_;
   char* meta_device_ = nullptr;
   size_t table_at_ = 0, tiles_at_ = 0, meta_bytes_ = 0;  // of the staging buffer; the arrays of rows and samples come first
@@ -94,6 +96,8 @@ class CudaOps final : public Ops {
   SampleScratch sampling_;
   void* padded_ = nullptr;  // x with K rounded up
   size_t padded_bytes_ = 0;
+  void* expanded_ = nullptr;  // a quantized matrix in 16-bit tiles, for prefill
+  size_t expanded_bytes_ = 0;
 
   int rows_ = 0, decode_rows_ = 0, samples_ = 0, tiles_ = 0;  // the current step
   Sampling sampling_kind_ = Sampling::greedy;

@@ -46,15 +46,16 @@ struct SplitScratch {
 // y[t] from x W^T + b for T <= kDecodeRows decode rows.
 struct DecodeInput {
   const void* x;  // [T, K], K a multiple of kChunkCols, 16-byte aligned
-  const void* w;  // [N, K] in tiles
+  const void* w;  // [N, K] in the chunks of its format (weights.cuh)
   int K;
+  Format format = Format::f16;  // f16 stands for any that is in 16-bit tiles
 };
 struct DecodeOutput {
   int N;
   Epilogue epilogue;
 };
 void decode_linear(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const SplitScratch& scratch);
-// Two products in one launch.
+// Two products in one launch, of the same format.
 void decode_linear_pair(const Stream& s, DType act, int T, const DecodeInput& in_a, const DecodeOutput& out_a, const DecodeInput& in_b,
                         const DecodeOutput& out_b, const SplitScratch& scratch);
 // One output of two: x_a W_a^T + x_b W_b^T.

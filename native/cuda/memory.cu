@@ -4,6 +4,7 @@
 #include "cuda/cuda_ops.h"
 #include "cuda/device_ops.h"
 #include "cuda/tiles.cuh"
+#include "cuda/weights.cuh"
 
 namespace codefuse::cuda {
 
@@ -101,28 +102,44 @@ void CudaOps::drop_bounces() {
 Matrix CudaOps::load_matrix(const HostMatrix& m) {
   use();
   Matrix out;
-  if (is_quantized(m.format)) throw LoadError(cat(device(), ": a matrix in ", name_of(m.format), "; only the CPU reads it in this version"));
   out.host = m;
-  out.host.data = nullptr;
+  out.host.data = out.host.scale.data = out.host.zero.data = nullptr;
   out.rows = m.rows;
   out.cols = m.cols;
   if (groups_of(m.rows) > kGroupsMax || m.cols > INT32_MAX) throw LoadError(cat(device(), ": a matrix of ", m.rows, " x ", m.cols, " is too large"));
-  void* data = alloc(act_ == DType::f32 ? size_t(m.rows) * size_t(m.cols) * 4 : tile_bytes(m.rows, m.cols));
+  void* data = alloc(act_ == DType::f32 ? size_t(m.rows) * size_t(m.cols) * 4 : matrix_bytes(m.format, m.rows, m.cols));
   out.data = data;
-  const size_t row = row_bytes(m.format, m.cols), group = row * kGroupRows;
+  const size_t codes = row_bytes(m.format, m.cols), scales = scale_bytes(m.format, m.cols), zeros = zero_bytes(m.format, m.cols);
+  const size_t group = (codes + scales + zeros) * kGroupRows;
   const int64_t batch = int64_t(std::max<size_t>(1, kBounceBytes / group)) * kGroupRows;  // whole row groups
   for (int64_t r = 0; r < m.rows; r += batch) {
     const int64_t count = std::min(batch, m.rows - r);
-    Bounce& b = bounce(std::max(kBounceBytes, group));
-    for (int64_t i = 0; i < count;) {  // rows that lie together in one copy
-      const int64_t run = m.stride == row ? count : 1;
-      std::memcpy(static_cast<char*>(b.host) + size_t(i) * row, m.data + size_t(r + i) * m.stride, size_t(run) * row);
-      i += run;
-    }
-    check(cudaMemcpyAsync(b.device, b.host, size_t(count) * row, cudaMemcpyHostToDevice, s_.stream), "uploading weights");
-    repack(s_, act_, m.format, b.device, int(count), int(m.cols), data, r, overflow_);
+    Bounce& b = bounce(std::max(kBounceBytes, group) + 32);
+    size_t at = 0;
+    const auto put = [&](const uint8_t* from, size_t stride, size_t row) {
+      char* const to = static_cast<char*>(b.host) + at;
+      for (int64_t i = 0; i < count;) {  // rows that lie together in one copy
+        const int64_t run = stride == row ? count : 1;
+        std::memcpy(to + size_t(i) * row, from + size_t(r + i) * stride, size_t(run) * row);
+        i += run;
+      }
+      const uint8_t* on_device = static_cast<const uint8_t*>(b.device) + at;
+      at += (size_t(count) * row + 15) / 16 * 16;
+      return on_device;
+    };
+    HostMatrix part = m;
+    part.rows = count;
+    part.data = put(m.data, m.stride, codes);
+    if (scales) part.scale.data = put(m.scale.data, m.scale.stride, scales);
+    if (zeros) part.zero.data = put(m.zero.data, m.zero.stride, zeros);
+    check(cudaMemcpyAsync(b.device, b.host, at, cudaMemcpyHostToDevice, s_.stream), "uploading weights");
+    if (is_quantized(m.format))
+      repack_quantized(s_, act_, part, m.rows, data, r, overflow_);
+    else
+      repack(s_, act_, m.format, b.device, int(count), int(m.cols), data, r, overflow_);
     check(cudaEventRecord(b.free, s_.stream), "uploading weights");
   }
+  quantized_ |= is_quantized(m.format);
   if (planned_) check_overflow();
   return out;
 }
@@ -140,6 +157,11 @@ const float* CudaOps::load_vector(const HostMatrix& v) {
   float* out = alloc_array<float>(host.size());
   upload(out, host.data(), host.size() * sizeof(float));
   return out;
+}
+
+void CudaOps::read_matrix(float* y, const Matrix& m) {
+  use();
+  read_weights(s_, act_, m.host.format, m.data, int(m.rows), int(m.cols), y);
 }
 
 void CudaOps::upload(void* dst, const void* src, size_t bytes) {

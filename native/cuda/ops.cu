@@ -14,6 +14,13 @@ constexpr size_t kAttentionScratch = size_t(256) << 20;  // bytes at most; more 
 
 size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
+DecodeInput input(const void* x, const Linear& w) { return {x, w.weight.data, int(w.weight.cols), w.weight.host.format}; }
+
+bool same_chunks(const Linear& a, const Linear& b) {
+  const Format f = a.weight.host.format, g = b.weight.host.format;
+  return f == g || (!is_quantized(f) && !is_quantized(g));
+}
+
 int bucket_of(int rows) {
   for (int b : {1, 2, 4})
     if (rows <= b) return b;
@@ -68,6 +75,11 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
     const size_t parts = size_t(s_.sms) * kDecodeRows * kGroupRows;
     split_.partial = alloc_array<float>(parts);
     check(cudaMemsetAsync(split_.partial, 0xff, parts * sizeof(float), s_.stream), "planning");
+  }
+  if (quantized_ && act_ != DType::f32 && replay) {
+    expanded_bytes_ = std::max({tile_bytes(c.qkv_rows(), c.hidden), tile_bytes(c.intermediate, c.hidden), tile_bytes(c.hidden, c.intermediate),
+                                tile_bytes(c.hidden, int64_t(c.heads) * c.head_dim)});
+    expanded_ = alloc(expanded_bytes_);
   }
   if (s_.wgmma && act_ != DType::f32) {
     prefill_.partial = alloc_array<float>(size_t(s_.sms) * kPrefillSlot);
@@ -215,8 +227,22 @@ void CudaOps::linear_rows(const void* x, const Linear& w, const Epilogue& e, int
   const int columns = int(steps_of(K)) * kChunkCols;
   const auto* in = static_cast<const char*>(padded(x, K, rows));
   for (int r = first; r < decode; r += kDecodeRows)
-    decode_linear(s_, act_, std::min(kDecodeRows, decode - r), {in + int64_t(r) * columns * 2, w.weight.data, columns}, {N, epilogue_at(r)}, split_);
-  if (rows > decode) prefill_linear(s_, act_, in + int64_t(decode) * columns * 2, w.weight.data, rows - decode, N, columns, epilogue_at(decode), prefill_);
+    decode_linear(s_, act_, std::min(kDecodeRows, decode - r), {in + int64_t(r) * columns * 2, w.weight.data, columns, w.weight.host.format},
+                  {N, epilogue_at(r)}, split_);
+  if (rows > decode)
+    prefill_linear(s_, act_, in + int64_t(decode) * columns * 2, tiles_of(w.weight), rows - decode, N, columns, epilogue_at(decode), prefill_);
+}
+
+// The weights in 16-bit tiles: as they are, or for a quantized matrix until the next call.
+const void* CudaOps::tiles_of(const Matrix& m) {
+  if (!is_quantized(m.host.format)) return m.data;
+  const size_t bytes = tile_bytes(m.rows, m.cols);
+  if (bytes > expanded_bytes_) {  // more than plan() foresaw: never recorded
+    expanded_bytes_ = bytes;
+    expanded_ = alloc(bytes);
+  }
+  expand(s_, act_, m.host.format, m.data, int(m.rows), int(m.cols), expanded_);
+  return expanded_;
 }
 
 // Decode rows whose x the streaming kernel can read as it is.
@@ -227,9 +253,9 @@ bool CudaOps::streams(const void* x, const Linear& w) const {
 void CudaOps::linear_pair(void* ya, const void* xa, const Linear& wa, const Activation* fn_a, void* yb, const void* xb, const Linear& wb, const Activation* fn_b) {
   const Epilogue ea{Store::act, fn_a ? int(*fn_a) : -1, wa.bias, ya}, eb{Store::act, fn_b ? int(*fn_b) : -1, wb.bias, yb};
   int first = 0;
-  if (streams(xa, wa) && streams(xb, wb)) {
-    decode_linear_pair(s_, act_, decode_rows_, {xa, wa.weight.data, int(wa.weight.cols)}, {int(wa.weight.rows), ea},
-                       {xb, wb.weight.data, int(wb.weight.cols)}, {int(wb.weight.rows), eb}, split_);
+  if (streams(xa, wa) && streams(xb, wb) && same_chunks(wa, wb)) {
+    decode_linear_pair(s_, act_, decode_rows_, input(xa, wa), {int(wa.weight.rows), ea},
+                       input(xb, wb), {int(wb.weight.rows), eb}, split_);
     first = decode_rows_;
   }
   linear_rows(xa, wa, ea, first, decode_rows_, rows_);
@@ -239,10 +265,10 @@ void CudaOps::linear_pair(void* ya, const void* xa, const Linear& wa, const Acti
 void CudaOps::linear_add_pair(float* y, const void* xa, const Linear& wa, const void* xb, const Linear& wb, bool add_bias) {
   const Epilogue ea{Store::add, -1, add_bias ? wa.bias : nullptr, y}, eb{Store::add, -1, add_bias ? wb.bias : nullptr, y};
   int first = 0;
-  if (streams(xa, wa) && streams(xb, wb)) {
+  if (streams(xa, wa) && streams(xb, wb) && same_chunks(wa, wb)) {
     Epilogue sum = ea;
     sum.bias_b = eb.bias;
-    decode_linear_sum(s_, act_, decode_rows_, {xa, wa.weight.data, int(wa.weight.cols)}, {xb, wb.weight.data, int(wb.weight.cols)},
+    decode_linear_sum(s_, act_, decode_rows_, input(xa, wa), input(xb, wb),
                       {int(wa.weight.rows), sum}, split_);
     first = decode_rows_;
   }

@@ -5,17 +5,14 @@
 // On Hopper the ring is filled with weights before the kernel waits for its predecessor.
 //
 // One launch has one or two outputs (each a matrix of its own, after one another in the chunks' order) or one output whose K
-// comes from two sources (x and matrix each). W says how weights lie in a chunk and become fragments:
-//   Type                     of x and of the fragments
-//   kBytes, kCols            a chunk is 256 rows x kCols columns (a multiple of 64) in kBytes (a multiple of 1024)
-//   kScale                   none, row (Source::scale) or block (block_scale(), from the chunk): what sums over 64 columns are multiplied by
-//   fragments(a, chunk, tile, block, lane)    a[s]: A operand of columns 64 block + 16 s .. + 15 of rows 16 tile .. + 15
-//   block_scale(chunk, tile, block, lane)     of rows 16 tile + lane / 4 and that + 8, columns 64 block .. + 63
+// comes from two sources (x and matrix each). W (weights.cuh) says how weights lie in a chunk and become fragments.
 #pragma once
+#include <climits>
+
 #include "cuda/epilogue.cuh"
 #include "cuda/kernels.h"
 #include "cuda/tensor_map.h"
-#include "cuda/tiles.cuh"
+#include "cuda/weights.cuh"
 
 namespace codefuse::cuda::stream {
 
@@ -24,8 +21,6 @@ constexpr int kStages = 6;        // of the ring at most
 constexpr int kXTile = 8 * 128;   // bytes of 8 rows x 64 columns of x
 constexpr int kPart = kDecodeRows * kGroupRows;  // floats of a block's part of a group
 constexpr uint32_t kAbsent = 0xffffffffu;  // in place of a part that has not come yet; SplitScratch is full of it between launches
-
-enum class Scale { none, row, block };
 
 struct Source {
   CUtensorMap map;     // of x, boxes of 8 NG rows
@@ -49,6 +44,10 @@ struct Args {
   int join;        // step of a group of output 0 from which on it is source 1's
   float* partial;  // [blocks, kPart]
 };
+
+// Bytes of the ring's chunks; x after them begins at a multiple of 1024, as its swizzle needs.
+template <class W>
+CODEFUSE_HD int ring_bytes(int stages) { return (stages * W::kBytes + 1023) / 1024 * 1024; }
 
 __device__ __forceinline__ uint32_t share_begin(const Args& a, uint32_t block) { return uint32_t(uint64_t(a.chunks) * block / gridDim.x); }
 // the block whose share has chunk c
@@ -164,7 +163,7 @@ __device__ __forceinline__ void multiply(float (&acc)[2][NG][4], const uint8_t* 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane % 8;
   const uint8_t* const lo = x + r * 128 + ((lane / 8) ^ r) * 16;      // columns 0 .. 31 of 8 rows of x
   const uint8_t* const hi = x + r * 128 + ((lane / 8 + 4) ^ r) * 16;  // columns 32 .. 63
-#pragma unroll
+#pragma unroll 1  // more at a time do not fit the registers
   for (int block = 0; block < W::kCols / 64; ++block) {
     uint4 f[2][4];
     float scale[2][2];
@@ -204,7 +203,7 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, NG == 1 ? 2 : 1) stream_matr
   constexpr int kXBytes = W::kCols / 64 * NG * kXTile;
   extern __shared__ __align__(16) uint8_t shared[];
   uint8_t* const ring = shared + (1024 - shared_address(shared) % 1024) % 1024;  // [stages] chunks, then [stages] x
-  uint8_t* const xs = ring + a.stages * W::kBytes;
+  uint8_t* const xs = ring + ring_bytes<W>(a.stages);
   const uint32_t begin = share_begin(a, blockIdx.x), end = share_begin(a, blockIdx.x + 1);
   launch_dependents();
   int stage = 0;
@@ -318,7 +317,8 @@ void launch_stream(const Stream& s, DType act, Args& a) {
   if (s.bulk_copy)
     for (Source& from : a.source)
       if (from.x) from.map = rows_map(act, from.x, a.T, from.K, NG * 8);
-  launch(s, stream_matrix<W, NG>, int(std::min(uint32_t(s.sms), a.chunks)), kWarps * 32 + (s.bulk_copy ? 32 : 0), size_t(a.stages) * stage_bytes + 1024, a);
+  launch(s, stream_matrix<W, NG>, int(std::min(uint32_t(s.sms), a.chunks)), kWarps * 32 + (s.bulk_copy ? 32 : 0),
+         size_t(ring_bytes<W>(a.stages)) + size_t(a.stages) * (stage_bytes - W::kBytes) + 1024, a);
 }
 
 // rows [T, K] x matrix of chunks of W; x of kDecodeRows rows at most
@@ -330,5 +330,39 @@ void stream_rows(const Stream& s, DType act, Args& a) {
   if (a.T <= 32) return launch_stream<W, 4>(s, act, a);
   return launch_stream<W, 8>(s, act, a);
 }
+
+template <class W>
+Source source(const DecodeInput& in, int N) {
+  Source s{};
+  s.x = static_cast<const uint8_t*>(in.x);
+  s.w = static_cast<const uint8_t*>(in.w);
+  s.scale = row_scales(in.format, in.w, N, in.K);
+  s.K = in.K;
+  s.steps = (in.K + W::kCols - 1) / W::kCols;
+  return s;
+}
+
+// b: nullptr, or a second product (out_b given) or a second part of K
+template <class W>
+void product(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const DecodeInput* in_b, const DecodeOutput* out_b,
+             const SplitScratch& scratch) {
+  Args a{};
+  a.T = T;
+  a.partial = scratch.partial;
+  a.source[0] = source<W>(in, out.N);
+  if (in_b) a.source[1] = source<W>(*in_b, out_b ? out_b->N : out.N);
+  a.join = in_b && !out_b ? a.source[0].steps : INT_MAX;
+  a.output[0] = {out.N, int(groups_of(out.N)), a.source[0].steps + (in_b && !out_b ? a.source[1].steps : 0), out.epilogue};
+  if (out_b) a.output[1] = {out_b->N, int(groups_of(out_b->N)), a.source[1].steps, out_b->epilogue};
+  const int64_t split = int64_t(a.output[0].groups) * a.output[0].steps, chunks = split + int64_t(a.output[1].groups) * a.output[1].steps;
+  if ((chunks + 1) * s.sms >= int64_t(UINT32_MAX)) throw DeviceError(cat("CUDA: a matrix of ", chunks, " chunks is too large"));
+  a.split = uint32_t(split);
+  a.chunks = uint32_t(chunks);
+  stream_rows<W>(s, act, a);
+}
+
+// The formats of linear_decode_quantized.cu; both inputs have the same.
+void product_quantized(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const DecodeInput* in_b,
+                       const DecodeOutput* out_b, const SplitScratch& scratch);
 
 }  // namespace codefuse::cuda::stream

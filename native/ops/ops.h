@@ -101,6 +101,7 @@ class Ops {
   virtual void sample(const float* logits /*[S,V]*/, int vocab) = 0;
 
   // ---- tests and tools -------------------------------------------------------------------------------------------
+  virtual void read_matrix(float* y /*[N,K]*/, const Matrix& m) = 0;    // the values, from where and how they lie on the device
   virtual void upload(void* dst, const void* src, size_t bytes) = 0;    // host -> device, done on return
   virtual void download(void* dst, const void* src, size_t bytes) = 0;  // device -> host, after all earlier work
 };

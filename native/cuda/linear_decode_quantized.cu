@@ -1,0 +1,15 @@
+// linear_decode.cu's launches for quantized weights.
+#include "cuda/stream_matrix.cuh"
+
+namespace codefuse::cuda::stream {
+
+void product_quantized(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const DecodeInput* in_b,
+                       const DecodeOutput* out_b, const SplitScratch& scratch) {
+  const bool half = act == DType::f16;
+  if (in.format == Format::q8_row)
+    half ? product<Weights8<__half>>(s, act, T, in, out, in_b, out_b, scratch) : product<Weights8<__nv_bfloat16>>(s, act, T, in, out, in_b, out_b, scratch);
+  else
+    half ? product<Weights4<__half>>(s, act, T, in, out, in_b, out_b, scratch) : product<Weights4<__nv_bfloat16>>(s, act, T, in, out, in_b, out_b, scratch);
+}
+
+}  // namespace codefuse::cuda::stream

@@ -1,0 +1,142 @@
+"""Quantized weights on CUDA against the CPU: the layout keeps every value, products of decode and prefill rows, batch invariance, models."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import test_cuda
+from codefuse_triton import _native
+from codefuse_triton._native import LoadError, testing
+from test_cuda import DTYPES, EPS, Both, close, greedy, rows_batch
+from test_quantize import FORMATS, QUIET, SIZES, pack, tool
+
+from helpers import make_batch, make_neox, pages_of, runner
+
+pytestmark = test_cuda.pytestmark
+
+SHAPES = [("q8_row", 1, 1), ("q8_row", 3, 8), ("q8_row", 111, 111), ("q8_row", 257, 192), ("q8_row", 300, 1000), ("q8_row", 1536, 640),
+          ("q8_row", 96, 5120), ("q4_g128", 1, 128), ("q4_g128", 111, 384), ("q4_g128", 300, 640), ("q4_g128", 1536, 1024), ("q4_g128", 96, 5120)]
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def both(request):
+    return Both(request.param)
+
+
+def matrix(format: str, n: int, k: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Every code and zero, scales of several sizes."""
+    rng = np.random.default_rng(seed + n * k)
+    size = (2.0 ** rng.integers(-3, 3, (n, 1)) / np.sqrt(k)).astype(np.float32)
+    if format == "q8_row":
+        return _native.pack(format, rng.integers(-127, 128, (n, k)).astype(np.int8), size[:, 0] / 73)
+    scale = (size * rng.uniform(0.5, 1, (n, k // 128)) / 5).astype(np.float16)
+    return _native.pack(format, rng.integers(0, 16, (n, k)).astype(np.uint8), scale, rng.integers(0, 16, (n, k // 128)).astype(np.uint8))
+
+
+@pytest.mark.parametrize("format,n,k", SHAPES)
+def test_repacked_weights_are_the_weights(both, format, n, k):
+    parts = matrix(format, n, k)
+    want = _native.decode(format, parts)
+    np.testing.assert_array_equal(both.cuda.read_matrix(parts, format), want)
+    np.testing.assert_array_equal(both.cpu.read_matrix(parts, format), want)
+
+
+@pytest.mark.parametrize("format", ["f32", "f16", "bf16"])
+def test_plain_weights_too(both, format):
+    bits, values = test_cuda.as_format(both.round(np.random.default_rng(0).standard_normal((300, 111))), format)
+    if np.array_equal(both.round(values), values):
+        np.testing.assert_array_equal(both.cuda.read_matrix(bits, format), values)
+
+
+@pytest.mark.parametrize("format,n,k", SHAPES)
+@pytest.mark.parametrize("decode,prefill", [(1, 0), (7, 0), (64, 0), (0, 1), (0, 130), (9, 33)])
+def test_linear(both, format, n, k, decode, prefill):
+    rng = np.random.default_rng(n * k + decode)
+    parts = matrix(format, n, k)
+    x = both.round(rng.standard_normal((decode + prefill, k)))
+    y, bias = rng.standard_normal((decode + prefill, n)).astype(np.float32), rng.standard_normal(n).astype(np.float32)
+    batch = rows_batch(decode, prefill)
+    both.same("linear", batch, x, parts, format, bias)
+    both.same("linear", batch, x, parts, format, None, activation="gelu")
+    # decode rows multiply by the codes as they are; for prefill rows code times scale is rounded to 16 bits
+    eps = 5e-6 if both.dtype == "float32" else EPS[both.dtype] if prefill else 1e-4
+    both.same("linear_add", batch, y, x, parts, format, bias, eps=eps)
+    if not prefill:
+        both.same("logits", rows_batch(decode, 0, "all"), x, parts, format, bias, eps=eps)
+
+
+def test_one_wrong_code_shows(both):
+    rng = np.random.default_rng(6)
+    x = both.round(rng.standard_normal((3, 384)))
+    for format in FORMATS:
+        w = (rng.standard_normal((300, 384)) / 18).astype(np.float32)
+        wrong = w.copy()
+        wrong[299, 383] = -wrong[299, 383] - 0.05
+        want = both.cpu.linear(rows_batch(3, 0), x, pack(format, w), format)
+        with pytest.raises(AssertionError):
+            close(both.cuda.linear(rows_batch(3, 0), x, pack(format, wrong), format), want, EPS[both.dtype])
+
+
+@pytest.mark.parametrize("format,n,k", [("q8_row", 111, 111), ("q8_row", 2048, 1024), ("q4_g128", 520, 640), ("q4_g128", 512, 4096)])
+def test_a_row_is_the_same_alone_and_in_any_batch(both, format, n, k):
+    rng = np.random.default_rng(n)
+    x, w, bias = both.round(rng.standard_normal((64 + 200, k))), matrix(format, n, k), rng.standard_normal(n).astype(np.float32)
+    mixed = both.cuda.linear(rows_batch(64, 200), x, w, format, bias)
+    for count in (1, 2, 8, 9, 24, 33, 64):
+        np.testing.assert_array_equal(both.cuda.linear(rows_batch(count, 0), x[:count], w, format, bias), mixed[:count])
+    np.testing.assert_array_equal(both.cuda.linear(rows_batch(1, 0), x[63:64], w, format, bias), mixed[63:64])
+    for first, count in ((0, 1), (0, 200), (3, 130), (199, 1)):
+        part = x[64 + first:64 + first + count]
+        np.testing.assert_array_equal(both.cuda.linear(rows_batch(0, count), part, w, format, bias), mixed[64 + first:64 + first + count])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("fields", [dict(), dict(use_parallel_residual=False)], ids=["parallel", "serial"])
+def test_model(tmp_path, format, fields):
+    _, native = make_neox(tmp_path, **SIZES, **fields)
+    tool.quantize(native, tmp_path / "q", format, dtype="f32", **QUIET)
+    tokens = [int(t) for t in np.random.default_rng(1).integers(0, 131, 100)]
+    prompts = [tokens[:n] for n in (5, 33, 64, 90)]
+    cpu = runner(tmp_path / "q", device="cpu")
+    want, expected = cpu.logits(make_batch(pages_of(cpu), prefill=[(0, tokens[:64], 0)], logits="all")), greedy(cpu, prompts, 40, True)
+    for dtype, eps in (("float32", 1e-5), ("float16", 6e-3), ("bfloat16", 4e-2)):
+        r = runner(tmp_path / "q", device="cuda", dtype=dtype)
+        assert r.weight_bytes == cpu.weight_bytes
+        whole = r.logits(make_batch(pages_of(r), prefill=[(0, tokens[:64], 0)], logits="all"))
+        close(whole, want, eps)
+        pages = pages_of(r, 5)
+        parts = [r.logits(make_batch(pages, prefill=[(1, tokens[i:min(i + 7, 64)], i)], logits="all")) for i in range(0, 64, 7)]
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+        together = greedy(r, prompts, 40, True)
+        assert together == greedy(r, prompts, 40, False)
+        if dtype == "float32":
+            assert together == expected
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_scale_too_large_for_float16_is_refused(format):
+    ops = testing.Ops("cuda", "float16")
+    ops.plan(test_cuda.config(), 4, 64, 64, 8)
+    parts = matrix(format, 2, 128)
+    parts["scale"] = np.full_like(parts["scale"], 6e4)
+    with pytest.raises(LoadError, match="float16"), contextlib.suppress(DeprecationWarning):
+        ops.read_matrix(parts, format)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("na,ka,nb,kb", [(257, 256, 300, 128), (1536, 640, 2048, 640), (512, 4096, 700, 384)])
+@pytest.mark.parametrize("decode,prefill", [(1, 0), (23, 0), (64, 0), (3, 33)])
+def test_linear_pairs(both, format, na, ka, nb, kb, decode, prefill):
+    rng = np.random.default_rng(na * ka + decode)
+    rows, batch = decode + prefill, rows_batch(decode, prefill)
+    xa, xb, y = both.round(rng.standard_normal((rows, ka))), both.round(rng.standard_normal((rows, kb))), rng.standard_normal((rows, na)).astype(np.float32)
+    ba, bb, bc = (rng.standard_normal(n).astype(np.float32) for n in (na, nb, na))
+    wa, wb, wc = matrix(format, na, ka), matrix(format, nb, kb), matrix(format, na, kb, 1)
+    both.same("linear_pair", batch, xa, wa, xb, wb, format, ba, bb, activation="gelu")
+    eps = 5e-6 if both.dtype == "float32" else EPS[both.dtype] if prefill else 1e-4
+    both.same("linear_add_pair", batch, y, xa, wa, xb, wc, format, ba, bc, eps=eps)
+    if not prefill:
+        total, pair = both.cuda.linear_add_pair(batch, y, xa, wa, xb, wc, format), both.cuda.linear_pair(batch, xa, wa, xb, wb, format)
+        np.testing.assert_array_equal(both.cuda.linear_add_pair(rows_batch(1, 0), y[-1:], xa[-1:], wa, xb[-1:], wc, format), total[-1:])
+        for got, want in zip(both.cuda.linear_pair(rows_batch(1, 0), xa[-1:], wa, xb[-1:], wb, format), pair):
+            np.testing.assert_array_equal(got, want[-1:])
