@@ -229,8 +229,11 @@ void CudaOps::linear_rows(const void* x, const Linear& w, const Epilogue& e, int
   for (int r = first; r < decode; r += kDecodeRows)
     decode_linear(s_, act_, std::min(kDecodeRows, decode - r), {in + int64_t(r) * columns * 2, w.weight.data, columns, w.weight.host.format},
                   {N, epilogue_at(r)}, split_);
-  if (rows > decode)
-    prefill_linear(s_, act_, in + int64_t(decode) * columns * 2, tiles_of(w.weight), rows - decode, N, columns, epilogue_at(decode), prefill_);
+  if (rows > decode) {
+    Stream after = s_;
+    after.dependent &= !is_quantized(w.weight.host.format);  // a dependent launch would read weights before they are expanded
+    prefill_linear(after, act_, in + int64_t(decode) * columns * 2, tiles_of(w.weight), rows - decode, N, columns, epilogue_at(decode), prefill_);
+  }
 }
 
 // The weights in 16-bit tiles: as they are, or for a quantized matrix until the next call.
