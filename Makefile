@@ -49,7 +49,7 @@ $(STAMPS)/venv:
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/build-tools: | $(STAMPS)/venv
-	@$(PIP) install --quiet 'scikit-build-core>=0.10' 'pybind11>=2.13' 'flit_core>=3.4' 'cmake>=3.24' ninja setuptools wheel
+	@$(PIP) install --quiet 'pip>=23.1' 'scikit-build-core>=0.10' 'pybind11>=2.13' 'flit_core>=3.4' 'cmake>=3.24' ninja setuptools wheel
 	@touch $@
 
 # nvcc where the machine has none; its wheels lack two names that CMake looks for.

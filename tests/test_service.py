@@ -76,14 +76,14 @@ class FakeReply:
         self.fail = fail
         self.ended = threading.Event()
 
-    def send(self, chunk: Any, echo: bytes, error: str) -> None:
+    def send(self, chunk: Any, serial: int, echo: bytes, error: str) -> None:
         if self.fail:
             raise OSError("the client has gone")
         self.sent.append((chunk.text, echo, error))
         if chunk.finish_reason:
             self.ended.set()
 
-    def heartbeat(self, uid: int) -> None:
+    def heartbeat(self, uid: int, serial: int) -> None:
         self.beats += 1
 
     def is_cancelled(self) -> bool:
@@ -203,6 +203,37 @@ def test_a_failed_device_is_reported(make: Any, pid: int) -> None:
     engine, service = make(server_pid=pid)
     engine.error = "CUDA error 700"
     eventually(lambda: lifecycle.get(pid, "failed") == "CUDA error 700")
+
+
+def test_the_sender_waits_for_the_detokenizer(make: Any, pid: int) -> None:
+    seen = lifecycle.make_progress(pid)
+    engine, service = make(server_pid=pid, responses_per_s=10**6)
+    reply = FakeReply()
+    uid = service.submit(request(heartbeat=True), reply)
+    eventually(lambda: service._seen is not None)
+    seen[0] = service._serial
+    for _ in range(3 * serve.WINDOW):
+        engine.outbox.put(uid, "t")
+        time.sleep(0.01)
+    assert len(reply.sent) == serve.WINDOW + 1  # then they travel together
+    seen[0] = service._serial
+    engine.outbox.put(uid, "t", "length")
+    assert reply.ended.wait(1)
+    assert sum(len(text) for text, _, _ in reply.sent) == 3 * serve.WINDOW + 1 and len(reply.sent) <= serve.WINDOW + 3
+    lifecycle.clear(pid)
+
+
+def test_a_detokenizer_that_does_not_move_stops_nothing(make: Any, pid: int) -> None:
+    lifecycle.make_progress(pid)
+    engine, service = make(server_pid=pid)
+    reply = FakeReply()
+    uid = service.submit(request(heartbeat=True), reply)
+    eventually(lambda: service._seen is not None)
+    for i in range(10):
+        engine.outbox.put(uid, "t", "length" if i == 9 else "")
+        time.sleep(0.02)
+    assert reply.ended.wait(3)
+    lifecycle.clear(pid)
 
 
 def test_lifecycle_files_follow_no_link(pid: int, tmp_path: Any) -> None:

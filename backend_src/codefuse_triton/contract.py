@@ -145,6 +145,7 @@ _CHUNK = (
     Tensor("text_start", "INT32", 1, "first byte of the new text in the bytes of output_ids"),
     Tensor("text_bytes", "INT32", 1, "bytes of new text"),
     _CHUNK_INDEX,
+    Tensor("serial", "INT64", 1, "number of the chunk among all that go to the detokenizer, which reports how far it is"),
     Tensor("echo", "STRING", 1, "first chunk: the prompt, when it is to be part of the text"),
     Tensor("error", "STRING", 1, "last chunk: what went wrong after the first chunk"),
 ) + ENDING + COUNTS

@@ -1,16 +1,21 @@
-"""How the process that started tritonserver and the generator inside it speak: three files named by the server's pid.
+"""How the processes around one tritonserver speak: small files named by the server's pid.
 
 drain    made by whoever stops the server: how many seconds running requests may still take
 drained  made by the generator when, after that, its last request has been answered
 failed   made by the generator when its device has failed and nothing more can be served: the reason
+progress made by the detokenizer: the serial of the last chunk that it has seen, an int64 that the generator reads
 """
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 from pathlib import Path
 
-KINDS = ("drain", "drained", "failed")
+import numpy as np
+import numpy.typing as npt
+
+KINDS = ("drain", "drained", "failed", "progress")
 
 
 def path(server_pid: int, kind: str) -> Path:
@@ -40,3 +45,24 @@ def get(server_pid: int, kind: str) -> str | None:
 def clear(server_pid: int) -> None:
     for kind in KINDS:
         path(server_pid, kind).unlink(missing_ok=True)
+
+
+def make_progress(server_pid: int) -> npt.NDArray[np.int64]:
+    """[1], shared with read_progress()."""
+    file = path(server_pid, "progress")
+    file.unlink(missing_ok=True)
+    put(server_pid, "progress", "\0" * 8)
+    return _map(file, mmap.ACCESS_WRITE)
+
+
+def read_progress(server_pid: int) -> npt.NDArray[np.int64] | None:
+    """None: there is none yet."""
+    return _map(path(server_pid, "progress"), mmap.ACCESS_READ) if get(server_pid, "progress") else None
+
+
+def _map(file: Path, access: int) -> npt.NDArray[np.int64]:
+    descriptor = os.open(file, (os.O_RDWR if access == mmap.ACCESS_WRITE else os.O_RDONLY) | os.O_NOFOLLOW)
+    try:
+        return np.frombuffer(mmap.mmap(descriptor, 8, access=access), np.int64)
+    finally:
+        os.close(descriptor)

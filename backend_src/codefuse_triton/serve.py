@@ -10,6 +10,9 @@ import time
 from dataclasses import dataclass
 from typing import Any, Callable, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from . import Engine, Outbox, lifecycle
 from .request import Request
 
@@ -17,13 +20,15 @@ log = logging.getLogger(__name__)
 LOOK_S = 0.1  # between looks at is_cancelled, the drain file and the statistics
 HEARTBEAT_S = 0.1  # a request that asks for it gets an empty chunk after so long without one,
 HEARTBEATS_PER_S = 200  # or later when many do
+WINDOW = 4  # chunks that the detokenizer may be behind when more are fetched; without a limit they would pile up before it,
+STALL_S = 0.25  # and a cancellation behind them. It counts as gone when it does not move for so long.
 SHUTTING_DOWN = "the server is shutting down"
 
 
 class Reply(Protocol):
-    def send(self, chunk: Any, echo: bytes, error: str) -> None: ...  # a chunk with a finish_reason is the last
+    def send(self, chunk: Any, serial: int, echo: bytes, error: str) -> None: ...  # one with a finish_reason is the last
 
-    def heartbeat(self, uid: int) -> None: ...
+    def heartbeat(self, uid: int, serial: int) -> None: ...
 
     def is_cancelled(self) -> bool: ...
 
@@ -36,7 +41,7 @@ class Draining(RuntimeError):
 class _Live:
     reply: Reply
     echo: bytes  # sent with the first chunk
-    heartbeat: bool
+    heartbeat: bool  # behind it is the detokenizer
     last_send: float
     cancelled: bool = False
     error: str = ""  # why it was cancelled, if not by its client
@@ -56,6 +61,8 @@ class Service:
         self._live: dict[int, _Live] = {}
         self._outbox = Outbox()
         self._closing = False
+        self._serial = 0  # of the last chunk that went to the detokenizer
+        self._seen: npt.NDArray[np.int64] | None = None  # [1] the serial of the last one that it has seen
         self._sender = threading.Thread(target=self._run, name="sender", daemon=True)
         self._sender.start()
 
@@ -101,6 +108,19 @@ class Service:
             pause = len(chunks) * self._gap_s - (time.monotonic() - started)
             if pause > 0:
                 time.sleep(pause)
+            if self._seen is not None:
+                self._wait_for_detokenizer()
+
+    def _wait_for_detokenizer(self) -> None:
+        seen, moved = int(self._seen[0]), time.monotonic()
+        while self._serial - seen > WINDOW and time.monotonic() - moved < STALL_S:
+            time.sleep(0.0005)
+            if int(self._seen[0]) != seen:
+                seen, moved = int(self._seen[0]), time.monotonic()
+
+    def _next_serial(self, live: _Live) -> int:
+        self._serial += live.heartbeat
+        return self._serial if live.heartbeat else 0
 
     def _survive(self, step: Callable[[Any], None], argument: Any) -> None:
         try:
@@ -113,7 +133,7 @@ class Service:
             live = self._live.pop(chunk.uid) if chunk.finish_reason else self._live[chunk.uid]
         live.last_send = time.monotonic()
         error = live.error if chunk.finish_reason == "cancelled" else chunk.error
-        live.reply.send(chunk, live.echo, error)
+        live.reply.send(chunk, self._next_serial(live), live.echo, error)
         live.echo = b""
 
     def _look(self, now: float) -> None:
@@ -125,10 +145,12 @@ class Service:
                 self.cancel(uid)
             elif entry.heartbeat and now - entry.last_send >= beat_s:
                 entry.last_send = now
-                entry.reply.heartbeat(uid)
+                entry.reply.heartbeat(uid, self._next_serial(entry))
         stats = self._engine.stats()
         self._on_stats(stats)
         if self._server_pid:
+            if self._seen is None:
+                self._seen = lifecycle.read_progress(self._server_pid)
             if stats.get("error"):
                 lifecycle.put(self._server_pid, "failed", str(stats["error"]))
             self._drain(now)

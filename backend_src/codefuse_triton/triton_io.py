@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from . import Engine, QueueFull, Vocab, contract
+from . import Engine, QueueFull, Vocab, contract, lifecycle
 from .request import parse, parse_settings
 from .serve import SHUTTING_DOWN, Draining, Service
 
@@ -95,15 +95,15 @@ class _Sender:
     def is_cancelled(self) -> bool:
         return self._sender.is_cancelled()
 
-    def heartbeat(self, uid: int) -> None:
+    def heartbeat(self, uid: int, serial: int) -> None:
         self._sender.send(pb_utils.InferenceResponse([
             pb_utils.Tensor("output_ids", np.zeros((1, 0), np.int32)), _tensor("uid", uid, np.int64),
-            _tensor("chunk_index", -1)]))
+            _tensor("serial", serial, np.int64), _tensor("chunk_index", -1)]))
 
-    def send(self, chunk: Any, echo: bytes, error: str) -> None:
+    def send(self, chunk: Any, serial: int, echo: bytes, error: str) -> None:
         tensors = [
             pb_utils.Tensor("output_ids", np.asarray(chunk.token_ids, np.int32)[None]), _tensor("uid", chunk.uid, np.int64),
-            _tensor("text_start", chunk.text_start), _tensor("text_bytes", chunk.text_bytes),
+            _tensor("serial", serial, np.int64), _tensor("text_start", chunk.text_start), _tensor("text_bytes", chunk.text_bytes),
             _tensor("chunk_index", chunk.index), _tensor("num_input_tokens", chunk.num_input_tokens),
             _tensor("num_output_tokens", chunk.num_output_tokens), _tensor("num_cached_tokens", chunk.num_cached_tokens)]
         if self._log_probs:
@@ -206,6 +206,7 @@ def _valid_utf8(text: bytes) -> bytes:
 class DetokenizerModel:
     def initialize(self, args: dict[str, str]) -> None:
         self._bytes = Vocab.load(_tokenizer_dir(args, _settings(contract.DETOKENIZER, args))).token_bytes
+        self._progress = lifecycle.make_progress(os.getppid())
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -214,6 +215,7 @@ class DetokenizerModel:
     def _answer(self, request: Any) -> None:
         sender = request.get_response_sender()
         chunk = {t.name(): t for t in request.inputs()}
+        self._progress[0] = chunk["serial"].as_numpy().reshape(-1)[0]
         last = "finish_reason" in chunk
         if not last and sender.is_cancelled():
             self._stop(chunk["uid"])
@@ -240,6 +242,9 @@ class DetokenizerModel:
         if last:
             outputs += [pb_utils.Tensor(t.name, chunk[t.name].as_numpy()) for t in contract.ENDING]
         return outputs
+
+    def finalize(self) -> None:
+        lifecycle.path(os.getppid(), "progress").unlink(missing_ok=True)
 
     @staticmethod
     def _stop(uid: Any) -> None:

@@ -95,7 +95,7 @@ def test_storm(start: Callable[..., TritonServer]) -> None:
 
 def test_every_ending_lets_the_models_unload(start: Callable[..., TritonServer]) -> None:
     """A request that Triton still holds keeps its model from unloading. (Under the storm above 24.10 itself loses some.)"""
-    server = start(slots=1, queue=1)
+    server = start(slots=1, queue=8)
     with Client(server.grpc_url) as client:
         for seconds in (0, 0.005, 0.05, 0.3):
             client.complete(PROMPT, max_tokens=4)
