@@ -68,7 +68,7 @@ class CudaOps final : public Ops {
   void run_recorded(int rows, const std::function<void()>& body);
   const void* padded(const void* x, int K, int rows);
   void linear_rows(const void* x, const Linear& w, const Epilogue& e, int first, int decode, int rows);
-  const void* tiles_of(const Matrix& m);
+  const void* expanded(const Matrix& m);
   bool streams(const void* x, const Linear& w) const;
   AttentionShape shape(const ModelConfig& c, int heads, int kv_heads) const;
 
@@ -96,7 +96,7 @@ class CudaOps final : public Ops {
   SampleScratch sampling_;
   void* padded_ = nullptr;  // x with K rounded up
   size_t padded_bytes_ = 0;
-  void* expanded_ = nullptr;  // a quantized matrix in 16-bit tiles, for prefill
+  void* expanded_ = nullptr;  // a quantized matrix in 16-bit tiles, for prefill before Hopper
   size_t expanded_bytes_ = 0;
 
   int rows_ = 0, decode_rows_ = 0, samples_ = 0, tiles_ = 0;  // the current step

@@ -72,6 +72,9 @@ void prefill_linear(const Stream& s, DType act, const void* x, const void* w, in
 bool has_wgmma();  // this build has wgmma code for the current device
 // variant: 0..2 tiles of 64, 128, 256 rows of x, + 3 in clusters of two blocks; -1: chosen by the shape
 void prefill_linear_wgmma(const Stream& s, DType act, const void* x, const void* w, int T, int N, int K, const PrefillScratch& scratch, const Epilogue& e, int variant = -1);
+// Quantized weights where there is wgmma; elsewhere expand() comes before prefill_linear.
+void prefill_linear_quantized(const Stream& s, DType act, Format format, const void* x, const void* w, int T, int N, int K, const PrefillScratch& scratch,
+                              const Epilogue& e);
 // float32: w [N, K] rows, FMA arithmetic.
 void decode_linear_f32(const Stream& s, const float* x, const float* w, int T, int N, int K, const Epilogue& e);
 void prefill_linear_f32(const Stream& s, const float* x, const float* w, int T, int N, int K, const Epilogue& e);
@@ -84,7 +87,8 @@ void repack(const Stream& s, DType act, Format format, const void* src, int rows
 // Quantized rows: part is dense in device memory, `total_rows` those of the whole matrix at dst (weights.cuh; float32 act: rows).
 // overflow becomes 1 when a weight does not fit act.
 void repack_quantized(const Stream& s, DType act, const HostMatrix& part, int64_t total_rows, void* dst, int64_t first_row, int32_t* overflow);
-// A quantized matrix in 16-bit tiles of act, for prefill.
+// A quantized matrix in 16-bit tiles of act, for prefill where there is no wgmma; the launch after it must not be dependent if it reads
+// weights before it waits.
 void expand(const Stream& s, DType act, Format format, const void* w, int N, int K, void* tiles);
 // y [N, K] = the values of a matrix as it lies in device memory; not scaled down to act.
 void read_weights(const Stream& s, DType act, Format format, const void* w, int N, int K, float* y);

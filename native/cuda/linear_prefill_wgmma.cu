@@ -13,25 +13,33 @@
 
 #include "cuda/epilogue.cuh"
 #include "cuda/kernels.h"
-#include "cuda/tiles.cuh"
+#include "cuda/weights.cuh"
 
 namespace codefuse::cuda {
 
 namespace {
 
 constexpr int kRows = 128;                 // outputs of a block: half a row group
-constexpr int kWBytes = kChunkBytes / 2;   // weights of a stage
 constexpr int kThreads = 384;              // a warpgroup with the producer, two of consumers
 constexpr int kMaxStages = 8;
 [[maybe_unused]] constexpr int kStageOutBytes = 9216;      // outputs of one warpgroup on their way: 64 rows of 64 (16 bit) or 32 of 64 (float)
 [[maybe_unused]] constexpr int kOutStride = 144, kFloatStride = 272;  // bytes between their rows
 
 CODEFUSE_HD constexpr int x_bytes(int tokens) { return tokens * kChunkCols * 2; }
+// Weights of a stage: 64 columns of half a row group, with q4_g128's scales and zeros.
+template <class W>
+CODEFUSE_HD constexpr int w_bytes() {
+  return W::kScale == Scale::none ? kChunkBytes / 2 : W::kScale == Scale::row ? 8 * kTile8 : 8 * kTile4 + kScales4 / 2 + kZeros4 / 2;
+}
+template <class W>
+CODEFUSE_HD constexpr int stage_bytes(int tokens) { return (w_bytes<W>() + 1023) / 1024 * 1024 + x_bytes(tokens); }
+template <class W>
 CODEFUSE_HD constexpr int stages_for(int tokens) {
-  const int fit = (232448 - 1024 - 1024 - 2 * kStageOutBytes) / (kWBytes + x_bytes(tokens));
+  const int fit = (232448 - 1024 - 1024 - 2 * kStageOutBytes) / stage_bytes<W>(tokens);
   return fit < kMaxStages ? fit : kMaxStages;
 }
-CODEFUSE_HD constexpr int shared_for(int tokens) { return 1024 + stages_for(tokens) * (kWBytes + x_bytes(tokens)) + 2 * kStageOutBytes; }
+template <class W>
+CODEFUSE_HD constexpr int shared_for(int tokens) { return 1024 + stages_for<W>(tokens) * stage_bytes<W>(tokens) + 2 * kStageOutBytes; }
 
 // What unit u of G (a block, or a cluster) works on: chunks [begin, end) of a tile, in this order. Tiles short of a full wave, and a
 // wave of full ones with them, are cut into G equal parts; a part holds at least a tile's worth of chunks, so a tile has at most two
@@ -242,13 +250,62 @@ __device__ __forceinline__ void take(float (&d)[N], const float* slot, int32_t* 
     d[i] = v.x, d[i + 1] = v.y, d[i + 2] = v.z, d[i + 3] = v.w;
   }
 }
+
+// From a chunk into a stage: 64 columns (`block`) of half a row group.
+template <class W>
+__device__ __forceinline__ void fetch(uint8_t* to, const uint8_t* chunk, int block, int half, uint64_t* full) {
+  if constexpr (W::kScale == Scale::none) {
+    bulk_copy(to, chunk + half * (kChunkBytes / 2), kChunkBytes / 2, full);
+  } else {
+    constexpr int kTile = W::kScale == Scale::row ? kTile8 : kTile4;
+    bulk_copy(to, chunk + (block * 16 + half * 8) * kTile, 8 * kTile, full);
+    if constexpr (W::kScale == Scale::block) {
+      bulk_copy(to + 8 * kTile4, chunk + kCodes4 + half * (kScales4 / 2), kScales4 / 2, full);
+      bulk_copy(to + 8 * kTile4 + kScales4 / 2, chunk + kCodes4 + kScales4 + half * (kZeros4 / 2), kZeros4 / 2, full);
+    }
+  }
+}
+
+// The fragments of one of a stage's 8 row tiles; q4_g128's are scaled, which rounds them, as 16-bit weights are.
+template <class W>
+__device__ __forceinline__ void load_fragments(uint4 (&a)[4], const uint8_t* stage, int tile, int block, int lane) {
+  using T = typename W::Type;
+  if constexpr (W::kScale == Scale::none) {
+    W::fragments(a, stage, tile, block, lane);
+  } else if constexpr (W::kScale == Scale::row) {
+    W::tile_fragments(a, stage + tile * kTile8, lane);
+  } else {
+    const int at = tile * 8 + lane / 4, group = block / 2;
+    const __half2 scale = *reinterpret_cast<const __half2*>(stage + 8 * kTile4 + at * 8 + group * 4);  // of row g, of row g + 8
+    W::tile_fragments(a, stage + tile * kTile4, *reinterpret_cast<const uint16_t*>(stage + 8 * kTile4 + kScales4 / 2 + at * 4 + group * 2), lane);
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      if constexpr (std::is_same<T, __half>::value) {
+        const __half2 low = __low2half2(scale), high = __high2half2(scale);
+        a[s].x = as_bits(__hmul2(as_half2(a[s].x), low));
+        a[s].y = as_bits(__hmul2(as_half2(a[s].y), high));
+        a[s].z = as_bits(__hmul2(as_half2(a[s].z), low));
+        a[s].w = as_bits(__hmul2(as_half2(a[s].w), high));
+      } else {
+        const float low = __low2float(scale), high = __high2float(scale);
+        auto scaled = [](uint32_t v, float by) {
+          const float2 f = __bfloat1622float2(as_bfloat162(v));
+          return pack2<__nv_bfloat16>(f.x * by, f.y * by);
+        };
+        a[s] = make_uint4(scaled(a[s].x, low), scaled(a[s].y, high), scaled(a[s].z, low), scaled(a[s].w, high));
+      }
+    }
+  }
+}
 #endif
 
-template <class T, int TOKENS, int CLUSTER>
-__global__ void __launch_bounds__(kThreads, 1) gemm(const uint8_t* __restrict__ w, const __grid_constant__ CUtensorMap x, int tokens, int N, int chunks,
-                                                    int tiles, PrefillScratch scratch, Epilogue e) {
+// row_scale [N padded] of q8_row; chunks: of 64 columns, whatever the format's
+template <class W, int TOKENS, int CLUSTER>
+__global__ void __launch_bounds__(kThreads, 1) gemm(const uint8_t* __restrict__ w, const float* __restrict__ row_scale, const __grid_constant__ CUtensorMap x,
+                                                    int tokens, int N, int chunks, int tiles, PrefillScratch scratch, Epilogue e) {
 #ifdef CODEFUSE_WGMMA
-  constexpr int kStages = stages_for(TOKENS), kXBytes = x_bytes(TOKENS), kStageBytes = kWBytes + kXBytes;
+  using T = typename W::Type;
+  constexpr int kStages = stages_for<W>(TOKENS), kXBytes = x_bytes(TOKENS), kStageBytes = stage_bytes<W>(TOKENS);
   extern __shared__ uint8_t shared[];
   __shared__ Barriers barriers;
   uint8_t* const smem = shared + (1024 - shared_address(shared) % 1024) % 1024;  // [kStages] (x, weights), then outputs
@@ -275,13 +332,13 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const uint8_t* __restrict__ 
       for (int i = 0; i < work.count; ++i) {
         const Item item = work.item(i);
         const int half = item.tile / token_tiles * CLUSTER + rank, token0 = item.tile % token_tiles * TOKENS;
-        const uint8_t* from = w + (size_t(half / 2) * chunks + item.begin) * kChunkBytes + half % 2 * kWBytes;
-        for (int c = item.begin; c < item.end; ++c, from += kChunkBytes) {
+        const int own_chunks = (chunks + W::kCols / 64 - 1) / (W::kCols / 64);
+        for (int c = item.begin; c < item.end; ++c) {
           uint8_t* const to = smem + stage * kStageBytes;
           uint64_t* const full = &barriers.full[stage];
           barrier_wait(&barriers.empty[stage], parity);
-          barrier_expect(full, kStageBytes);
-          bulk_copy(to + kXBytes, from, kWBytes, full);
+          barrier_expect(full, kXBytes + w_bytes<W>());
+          fetch<W>(to + kXBytes, w + (size_t(half / 2) * own_chunks + c / (W::kCols / 64)) * W::kBytes, c % (W::kCols / 64), half % 2, full);
           if (!waited) grid_wait();
           waited = true;
           tensor_copy<CLUSTER>(to + rank * (kXBytes / CLUSTER), &x, c * kChunkCols, token0 + rank * (TOKENS / CLUSTER), full);
@@ -294,7 +351,6 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const uint8_t* __restrict__ 
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int group = warpgroup - 1, thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32;
     uint8_t* const staging = smem + kStages * kStageBytes + group * kStageOutBytes;
-    const uint8_t* const a_base = smem + kXBytes + warp * kRowTileBytes + lane * 16;
     const uint64_t b_base = descriptor(shared_address(smem));
     const int slot = int(blockIdx.x);
     int stage = 0, parity = 0;
@@ -310,12 +366,9 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const uint8_t* __restrict__ 
       }
       const int n = item.end - item.begin;
       uint4 a[4], next[4];  // weights of a chunk
-      auto load = [&](uint4(&to)[4], int at) {
-#pragma unroll
-        for (int s = 0; s < 4; ++s) to[s] = *reinterpret_cast<const uint4*>(a_base + at * kStageBytes + s * 512);
-      };
+      auto load = [&](uint4(&to)[4], int at, int chunk) { load_fragments<W>(to, smem + at * kStageBytes + kXBytes, warp, chunk % (W::kCols / 64), lane); };
       barrier_wait(&barriers.full[stage], parity);
-      load(a, stage);
+      load(a, stage, item.begin);
       hold(d);
       for (int c = 0; c < n; ++c) {
         const int used = stage;
@@ -327,7 +380,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const uint8_t* __restrict__ 
         if (++stage == kStages) stage = 0, parity ^= 1;
         if (c + 1 < n) {  // the next weights meanwhile; what is between the two groups, the other warpgroup's multiplying covers
           barrier_wait(&barriers.full[stage], parity);
-          load(next, stage);
+          load(next, stage, item.begin + c + 1);
         }
         wgmma_wait<0>();
         if constexpr (CLUSTER == 1) {
@@ -339,6 +392,12 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const uint8_t* __restrict__ 
         for (int s = 0; s < 4; ++s) a[s] = next[s];
       }
       hold(d);
+      if (W::kScale == Scale::row && item.end == chunks) {
+        const float* scale = row_scale + (item.tile / token_tiles * CLUSTER + rank) * kRows + warp * 16 + lane / 4;
+        const float sa = scale[0], sb = scale[8];
+#pragma unroll
+        for (int r = 0; r < TOKENS / 2; ++r) d[r] *= r % 4 < 2 ? sa : sb;
+      }
       if (item.end < chunks)
         leave(d, scratch.partial + size_t(slot) * kPrefillSlot + thread * 4, scratch.flag + slot * 8 + warp);
       else
@@ -349,7 +408,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const uint8_t* __restrict__ 
 #endif
 }
 
-using Kernel = void (*)(const uint8_t*, CUtensorMap, int, int, int, int, PrefillScratch, Epilogue);
+using Kernel = void (*)(const uint8_t*, const float*, CUtensorMap, int, int, int, int, PrefillScratch, Epilogue);
 
 CUtensorMap tensor_map(DType act, const void* x, int tokens, int K, int box_rows) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -373,11 +432,11 @@ CUtensorMap tensor_map(DType act, const void* x, int tokens, int K, int box_rows
   return map;
 }
 
-template <class T, int TOKENS, int CLUSTER>
-void run(const Stream& s, DType act, const void* x, const void* w, int tokens, int N, int K, const PrefillScratch& scratch, const Epilogue& e) {
-  const Kernel kernel = gemm<T, TOKENS, CLUSTER>;
+template <class W, int TOKENS, int CLUSTER>
+void run(const Stream& s, DType act, const void* x, const void* w, const float* row_scale, int tokens, int N, int K, const PrefillScratch& scratch, const Epilogue& e) {
+  const Kernel kernel = gemm<W, TOKENS, CLUSTER>;
   const int rows = kRows * CLUSTER, tiles = (N + rows - 1) / rows * ((tokens + TOKENS - 1) / TOKENS);
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared_for(TOKENS)), "shared memory");
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared_for<W>(TOKENS)), "shared memory");
   cudaLaunchAttribute attribute[2]{};
   attribute[0].id = cudaLaunchAttributeClusterDimension;
   attribute[0].val.clusterDim.x = CLUSTER;
@@ -386,7 +445,7 @@ void run(const Stream& s, DType act, const void* x, const void* w, int tokens, i
   attribute[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t c{};
   c.blockDim = kThreads;
-  c.dynamicSmemBytes = shared_for(TOKENS);
+  c.dynamicSmemBytes = shared_for<W>(TOKENS);
   c.stream = s.stream;
   c.attrs = attribute;
   c.numAttrs = 1;
@@ -403,11 +462,11 @@ void run(const Stream& s, DType act, const void* x, const void* w, int tokens, i
   }
   c.gridDim = std::min(tiles, units) * CLUSTER;
   c.numAttrs = s.dependent ? 2 : 1;
-  check(cudaLaunchKernelEx(&c, kernel, static_cast<const uint8_t*>(w), tensor_map(act, x, tokens, K, TOKENS / CLUSTER), tokens, N, int(steps_of(K)), tiles, scratch, e), "launch");
+  check(cudaLaunchKernelEx(&c, kernel, static_cast<const uint8_t*>(w), row_scale, tensor_map(act, x, tokens, K, TOKENS / CLUSTER), tokens, N, int(steps_of(K)), tiles, scratch, e), "launch");
 }
 
-template <class T>
-void choose(const Stream& s, DType act, const void* x, const void* w, int tokens, int N, int K, const PrefillScratch& scratch, const Epilogue& e, int variant) {
+template <class W>
+void choose(const Stream& s, DType act, const void* x, const void* w, const float* row_scale, int tokens, int N, int K, const PrefillScratch& scratch, const Epilogue& e, int variant) {
   // the tile shape with the least of: units of work of the busiest multiprocessor x what one takes
   if (variant < 0) {
     double best = 0;
@@ -419,13 +478,18 @@ void choose(const Stream& s, DType act, const void* x, const void* w, int tokens
     }
     variant += 3;
   }
+  if constexpr (W::kScale == Scale::none) {
+    switch (variant) {
+      case 0: return run<W, 64, 1>(s, act, x, w, row_scale, tokens, N, K, scratch, e);
+      case 1: return run<W, 128, 1>(s, act, x, w, row_scale, tokens, N, K, scratch, e);
+      case 2: return run<W, 256, 1>(s, act, x, w, row_scale, tokens, N, K, scratch, e);
+      default: break;
+    }
+  }
   switch (variant) {
-    case 0: return run<T, 64, 1>(s, act, x, w, tokens, N, K, scratch, e);
-    case 1: return run<T, 128, 1>(s, act, x, w, tokens, N, K, scratch, e);
-    case 2: return run<T, 256, 1>(s, act, x, w, tokens, N, K, scratch, e);
-    case 3: return run<T, 64, 2>(s, act, x, w, tokens, N, K, scratch, e);
-    case 4: return run<T, 128, 2>(s, act, x, w, tokens, N, K, scratch, e);
-    default: return run<T, 256, 2>(s, act, x, w, tokens, N, K, scratch, e);
+    case 3: return run<W, 64, 2>(s, act, x, w, row_scale, tokens, N, K, scratch, e);
+    case 4: return run<W, 128, 2>(s, act, x, w, row_scale, tokens, N, K, scratch, e);
+    default: return run<W, 256, 2>(s, act, x, w, row_scale, tokens, N, K, scratch, e);
   }
 }
 
@@ -433,11 +497,22 @@ void choose(const Stream& s, DType act, const void* x, const void* w, int tokens
 
 bool has_wgmma() {
   cudaFuncAttributes code;
-  return cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(Kernel(gemm<__half, 128, 1>))) == cudaSuccess && code.sharedSizeBytes >= sizeof(Barriers);
+  return cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(Kernel(gemm<Weights16<__half>, 128, 1>))) == cudaSuccess && code.sharedSizeBytes >= sizeof(Barriers);
 }
 
 void prefill_linear_wgmma(const Stream& s, DType act, const void* x, const void* w, int T, int N, int K, const PrefillScratch& scratch, const Epilogue& e, int variant) {
-  act == DType::f16 ? choose<__half>(s, act, x, w, T, N, K, scratch, e, variant) : choose<__nv_bfloat16>(s, act, x, w, T, N, K, scratch, e, variant);
+  act == DType::f16 ? choose<Weights16<__half>>(s, act, x, w, nullptr, T, N, K, scratch, e, variant)
+                    : choose<Weights16<__nv_bfloat16>>(s, act, x, w, nullptr, T, N, K, scratch, e, variant);
+}
+
+void prefill_linear_quantized(const Stream& s, DType act, Format format, const void* x, const void* w, int T, int N, int K, const PrefillScratch& scratch,
+                              const Epilogue& e) {
+  const float* scale = row_scales(format, w, N, K);
+  const bool half = act == DType::f16;
+  if (format == Format::q8_row)
+    half ? choose<Weights8<__half>>(s, act, x, w, scale, T, N, K, scratch, e, -1) : choose<Weights8<__nv_bfloat16>>(s, act, x, w, scale, T, N, K, scratch, e, -1);
+  else
+    half ? choose<Weights4<__half>>(s, act, x, w, scale, T, N, K, scratch, e, -1) : choose<Weights4<__nv_bfloat16>>(s, act, x, w, scale, T, N, K, scratch, e, -1);
 }
 
 }  // namespace codefuse::cuda

@@ -76,7 +76,7 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
     split_.partial = alloc_array<float>(parts);
     check(cudaMemsetAsync(split_.partial, 0xff, parts * sizeof(float), s_.stream), "planning");
   }
-  if (quantized_ && act_ != DType::f32 && replay) {
+  if (quantized_ && act_ != DType::f32 && !s_.wgmma && replay) {
     expanded_bytes_ = std::max({tile_bytes(c.qkv_rows(), c.hidden), tile_bytes(c.intermediate, c.hidden), tile_bytes(c.hidden, c.intermediate),
                                 tile_bytes(c.hidden, int64_t(c.heads) * c.head_dim)});
     expanded_ = alloc(expanded_bytes_);
@@ -229,16 +229,18 @@ void CudaOps::linear_rows(const void* x, const Linear& w, const Epilogue& e, int
   for (int r = first; r < decode; r += kDecodeRows)
     decode_linear(s_, act_, std::min(kDecodeRows, decode - r), {in + int64_t(r) * columns * 2, w.weight.data, columns, w.weight.host.format},
                   {N, epilogue_at(r)}, split_);
-  if (rows > decode) {
-    Stream after = s_;
-    after.dependent &= !is_quantized(w.weight.host.format);  // a dependent launch would read weights before they are expanded
-    prefill_linear(after, act_, in + int64_t(decode) * columns * 2, tiles_of(w.weight), rows - decode, N, columns, epilogue_at(decode), prefill_);
-  }
+  if (rows == decode) return;
+  const char* const from = in + int64_t(decode) * columns * 2;
+  if (!is_quantized(w.weight.host.format))
+    prefill_linear(s_, act_, from, w.weight.data, rows - decode, N, columns, epilogue_at(decode), prefill_);
+  else if (s_.wgmma)
+    prefill_linear_quantized(s_, act_, w.weight.host.format, from, w.weight.data, rows - decode, N, columns, prefill_, epilogue_at(decode));
+  else
+    prefill_linear(s_, act_, from, expanded(w.weight), rows - decode, N, columns, epilogue_at(decode), prefill_);
 }
 
-// The weights in 16-bit tiles: as they are, or for a quantized matrix until the next call.
-const void* CudaOps::tiles_of(const Matrix& m) {
-  if (!is_quantized(m.host.format)) return m.data;
+// A quantized matrix in 16-bit tiles, until the next call.
+const void* CudaOps::expanded(const Matrix& m) {
   const size_t bytes = tile_bytes(m.rows, m.cols);
   if (bytes > expanded_bytes_) {  // more than plan() foresaw: never recorded
     expanded_bytes_ = bytes;
