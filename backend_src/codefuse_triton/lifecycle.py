@@ -48,16 +48,22 @@ def clear(server_pid: int) -> None:
 
 
 def make_progress(server_pid: int) -> npt.NDArray[np.int64]:
-    """[1], shared with read_progress()."""
+    """[1], shared with read_progress(); shared with nobody where the file cannot be made."""
     file = path(server_pid, "progress")
-    file.unlink(missing_ok=True)
-    put(server_pid, "progress", "\0" * 8)
-    return _map(file, mmap.ACCESS_WRITE)
+    try:
+        file.unlink(missing_ok=True)
+        put(server_pid, "progress", "\0" * 8)
+        return _map(file, mmap.ACCESS_WRITE)
+    except OSError:
+        return np.zeros(1, np.int64)
 
 
 def read_progress(server_pid: int) -> npt.NDArray[np.int64] | None:
     """None: there is none yet."""
-    return _map(path(server_pid, "progress"), mmap.ACCESS_READ) if get(server_pid, "progress") else None
+    try:
+        return _map(path(server_pid, "progress"), mmap.ACCESS_READ) if get(server_pid, "progress") else None
+    except OSError:
+        return None
 
 
 def _map(file: Path, access: int) -> npt.NDArray[np.int64]:

@@ -62,6 +62,7 @@ class Service:
         self._outbox = Outbox()
         self._closing = False
         self._serial = 0  # of the last chunk that went to the detokenizer
+        self._written_off = 0  # up to this one they are not waited for
         self._seen: npt.NDArray[np.int64] | None = None  # [1] the serial of the last one that it has seen
         self._sender = threading.Thread(target=self._run, name="sender", daemon=True)
         self._sender.start()
@@ -112,11 +113,16 @@ class Service:
                 self._wait_for_detokenizer()
 
     def _wait_for_detokenizer(self) -> None:
-        seen, moved = int(self._seen[0]), time.monotonic()
-        while self._serial - seen > WINDOW and time.monotonic() - moved < STALL_S:
-            time.sleep(0.0005)
+        seen, moved = 0, time.monotonic()
+        while self._serial - max(seen, self._written_off) > WINDOW:
             if int(self._seen[0]) != seen:
                 seen, moved = int(self._seen[0]), time.monotonic()
+            elif time.monotonic() - moved > STALL_S:  # chunks of a vanished client may be lost on the way
+                self._written_off = self._serial
+                self._seen = None  # or the detokenizer was loaded anew: look for its file again
+                return
+            else:
+                time.sleep(0.0005)
 
     def _next_serial(self, live: _Live) -> int:
         self._serial += live.heartbeat

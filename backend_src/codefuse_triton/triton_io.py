@@ -243,9 +243,6 @@ class DetokenizerModel:
             outputs += [pb_utils.Tensor(t.name, chunk[t.name].as_numpy()) for t in contract.ENDING]
         return outputs
 
-    def finalize(self) -> None:
-        lifecycle.path(os.getppid(), "progress").unlink(missing_ok=True)
-
     @staticmethod
     def _stop(uid: Any) -> None:
         """A step of a cancelled request: the generator's own request is not marked, so tell it."""
