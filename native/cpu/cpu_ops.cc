@@ -46,7 +46,7 @@ size_t CpuOps::free_memory() const {
 }
 
 Matrix CpuOps::load_matrix(const HostMatrix& m) {
-  if (is_quantized(m.format)) decoded_ = std::max(decoded_, size_t(kDecodedRows) * size_t(m.cols));
+  if (m.format == Format::q4_g128) decoded_ = std::max(decoded_, size_t(kDecodedRows) * size_t(m.cols));
   Matrix out;
   out.host = m;
   out.rows = m.rows;

@@ -11,7 +11,7 @@
 namespace codefuse::cpu {
 
 constexpr int kBlockRows = 16;   // weight rows that all tokens use before the next ones
-constexpr int kDecodedRows = 8;  // the same of quantized weights, which are decoded first
+constexpr int kDecodedRows = 8;  // the same of q4_g128, which are decoded first
 
 // y[t, n] = act(x[t] . w[n] + bias[n]), or += when accumulate
 struct MatmulArgs {
@@ -40,7 +40,7 @@ struct AttendArgs {
 
 struct Kernels {
   const char* name;
-  // outputs [begin, end); decoded: room for kDecodedRows rows of quantized weights
+  // outputs [begin, end); decoded: room for kDecodedRows rows of q4_g128
   void (*matmul)(const MatmulArgs& a, int64_t begin, int64_t end, float* decoded /*[kDecodedRows, K]*/);
   void (*attend)(const AttendArgs& a, float* scores /*[last - first + 1]*/);
   void (*activate)(float* x, int64_t n, Activation act);

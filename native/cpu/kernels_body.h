@@ -1,5 +1,5 @@
 // Bodies of cpu/kernels.h over a struct S of the instruction set (see kernels_generic.cc): V, width, rows, tokens (a register
-// tile of the matrix product), zero, set, load of float, F16 and BF16, fma, add, sub, sum, and sum4, which adds in
+// tile of the matrix product), zero, set, load of float, F16, BF16 and I8, fma, add, sub, sum, and sum4, which adds in
 // the order of sum. Included once per instruction
 // set, inside its namespace; no standard library templates, whose copies the linker would share between instruction sets.
 
@@ -7,10 +7,12 @@ using V = S::V;
 
 struct F16 { uint16_t bits; };
 struct BF16 { uint16_t bits; };
+struct I8 { int8_t code; };
 
 inline V load(const float* p) { return S::load(p); }
 inline V load(const F16* p) { return S::load_f16(reinterpret_cast<const uint16_t*>(p)); }
 inline V load(const BF16* p) { return S::load_bf16(reinterpret_cast<const uint16_t*>(p)); }
+inline V load(const I8* p) { return S::load_i8(reinterpret_cast<const int8_t*>(p)); }
 
 // The first n < width elements, then zeros.
 template <class E>
@@ -79,6 +81,11 @@ inline void finish_tile(const MatmulArgs& a, const E* w, int64_t n, int64_t t) {
     float* y = a.y + (t + m) * a.w.rows + n;
     for (int r = 0; r < R; ++r) {
       float v = out[m][r];
+      if constexpr (sizeof(E) == 1) {
+        float scale;
+        __builtin_memcpy(&scale, a.w.scale.row(n + r), sizeof scale);
+        v *= scale;
+      }
       if (a.bias) v += a.bias[n + r];
       y[r] = a.accumulate ? y[r] + v : v;
     }
@@ -130,8 +137,8 @@ void matmul(const MatmulArgs& a, int64_t begin, int64_t end, float* decoded) {
     case Format::f32: matmul_rows<float>(a, begin, end); break;
     case Format::f16: matmul_rows<F16>(a, begin, end); break;
     case Format::bf16: matmul_rows<BF16>(a, begin, end); break;
-    case Format::q8_row:
-    case Format::q4_g128: matmul_quantized(a, begin, end, decoded); break;
+    case Format::q8_row: matmul_rows<I8>(a, begin, end); break;
+    case Format::q4_g128: matmul_decoded(a, begin, end, decoded); break;
   }
   if (a.act)
     for (int64_t t = 0; t < a.tokens; ++t) activate(a.y + t * a.w.rows + begin, end - begin, *a.act);

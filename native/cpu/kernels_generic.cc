@@ -36,6 +36,7 @@ struct S {
     const U u = {h[0], h[1], h[2], h[3]};
     return (V)(u << 16);
   }
+  static V load_i8(const int8_t* p) { return V{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
   static void store(float* p, V v) { __builtin_memcpy(p, &v, 16); }
   static V fma(V a, V b, V c) { return a * b + c; }
   static V add(V a, V b) { return a + b; }

@@ -1,9 +1,5 @@
-// Matrix products with quantized weights: a few rows are decoded, to the values that decode_row() gives, and used by all tokens.
+// Matrix products with q4_g128 weights: a few rows are decoded, to the values that decode_row() gives, and used by all tokens.
 // Part of kernels_body.h.
-
-inline void decode_q8(const int8_t* codes, float scale, int64_t k, float* out) {
-  for (int64_t i = 0; i < k; ++i) out[i] = float(codes[i]) * scale;
-}
 
 inline void decode_q4(const uint8_t* codes, const uint8_t* scales, const uint8_t* zeros, int64_t k, float* out) {
   constexpr int kHalf = kGroupCols / 2;
@@ -19,7 +15,7 @@ inline void decode_q4(const uint8_t* codes, const uint8_t* scales, const uint8_t
   }
 }
 
-void matmul_quantized(const MatmulArgs& a, int64_t begin, int64_t end, float* decoded /*[kDecodedRows, K]*/) {
+void matmul_decoded(const MatmulArgs& a, int64_t begin, int64_t end, float* decoded /*[kDecodedRows, K]*/) {
   const int64_t k = a.w.cols;
   MatmulArgs part = a;
   part.w.format = Format::f32;
@@ -27,16 +23,8 @@ void matmul_quantized(const MatmulArgs& a, int64_t begin, int64_t end, float* de
   part.w.stride = size_t(k) * sizeof(float);
   for (int64_t n = begin; n < end; n += kDecodedRows) {
     const int64_t rows = n + kDecodedRows < end ? kDecodedRows : end - n;
-    for (int64_t r = 0; r < rows; ++r) {
-      const uint8_t* codes = a.w.data + size_t(n + r) * a.w.stride;
-      if (a.w.format == Format::q8_row) {
-        float scale;
-        __builtin_memcpy(&scale, a.w.scale.row(n + r), sizeof scale);
-        decode_q8(reinterpret_cast<const int8_t*>(codes), scale, k, decoded + r * k);
-      } else {
-        decode_q4(codes, a.w.scale.row(n + r), a.w.zero.row(n + r), k, decoded + r * k);
-      }
-    }
+    for (int64_t r = 0; r < rows; ++r)
+      decode_q4(a.w.data + size_t(n + r) * a.w.stride, a.w.scale.row(n + r), a.w.zero.row(n + r), k, decoded + r * k);
     part.bias = a.bias ? a.bias + n : nullptr;
     part.y = a.y + n;
     if (a.tokens == 1)
