@@ -37,6 +37,10 @@ struct S {
     return (V)(u << 16);
   }
   static V load_i8(const int8_t* p) { return V{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
+  static void load_u4(const uint8_t* p, V& low, V& high) {
+    low = V{float(p[0] & 15), float(p[1] & 15), float(p[2] & 15), float(p[3] & 15)};
+    high = V{float(p[0] >> 4), float(p[1] >> 4), float(p[2] >> 4), float(p[3] >> 4)};
+  }
   static void store(float* p, V v) { __builtin_memcpy(p, &v, 16); }
   static V fma(V a, V b, V c) { return a * b + c; }
   static V add(V a, V b) { return a + b; }

@@ -8,10 +8,14 @@ inline void decode_q4(const uint8_t* codes, const uint8_t* scales, const uint8_t
     __builtin_memcpy(h, scales + 2 * g, 2);
     float wide[S::width];
     S::store(wide, S::load_f16(h));
-    const float scale = wide[0];
-    const int zero = zeros[g];
-    for (int i = 0; i < kHalf; ++i) out[i] = float((codes[i] & 15) - zero) * scale;
-    for (int i = 0; i < kHalf; ++i) out[i + kHalf] = float((codes[i] >> 4) - zero) * scale;
+    const V scale = S::set(wide[0]), zero = S::set(float(zeros[g]));
+#pragma GCC unroll 4
+    for (int i = 0; i < kHalf; i += S::width) {
+      V low, high;
+      S::load_u4(codes + i, low, high);
+      S::store(out + i, S::fma(S::sub(low, zero), scale, S::zero()));
+      S::store(out + i + kHalf, S::fma(S::sub(high, zero), scale, S::zero()));
+    }
   }
 }
 
