@@ -82,7 +82,7 @@ def wait_until(condition: Any, timeout_s: float, what: str) -> float:
     return time.monotonic() - started
 
 
-def wait_idle(server: TritonServer, timeout_s: float = 2.0) -> float:
+def wait_idle(server: TritonServer, timeout_s: float = 5.0) -> float:
     return wait_until(lambda: busy(server) == 0, timeout_s, "no request runs or waits")
 
 
