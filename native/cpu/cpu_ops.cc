@@ -46,7 +46,6 @@ size_t CpuOps::free_memory() const {
 }
 
 Matrix CpuOps::load_matrix(const HostMatrix& m) {
-  if (m.format == Format::q4_g128) decoded_ = std::max(decoded_, size_t(kDecodedRows) * size_t(m.cols));
   Matrix out;
   out.host = m;
   out.rows = m.rows;
@@ -70,7 +69,7 @@ void CpuOps::plan(const ModelConfig& c, const Limits& limits, bool /*replay*/) {
   table_of_.assign(size_t(limits.slots), 0);
   last_token_.assign(size_t(limits.slots), 0);
   for (SampleScratch& s : sampling_) s.reserve(c.vocab);
-  for (int t = 0; t < pool_.threads(); ++t) scratch(t, std::max(size_t(std::max(c.hidden, limits.max_len)), decoded_));
+  for (int t = 0; t < pool_.threads(); ++t) scratch(t, size_t(std::max(c.hidden, limits.max_len)));
 }
 
 float* CpuOps::scratch(int thread, size_t floats) {

@@ -59,7 +59,6 @@ class CpuOps final : public Ops {
   Pool pool_;
   const Kernels& kernels_;
   std::vector<std::vector<float>> scratch_;  // [threads]
-  size_t decoded_ = 0;                       // floats that matmul decodes into, of the widest q4_g128 matrix
   std::vector<SampleScratch> sampling_;      // [threads]
   std::vector<void*> owned_;
   Limits limits_;

@@ -10,8 +10,7 @@
 
 namespace codefuse::cpu {
 
-constexpr int kBlockRows = 16;   // weight rows that all tokens use before the next ones
-constexpr int kDecodedRows = 8;  // the same of q4_g128, which are decoded first
+constexpr int kBlockRows = 16;  // weight rows that all tokens use before the next ones
 
 // y[t, n] = act(x[t] . w[n] + bias[n]), or += when accumulate
 struct MatmulArgs {
@@ -40,8 +39,7 @@ struct AttendArgs {
 
 struct Kernels {
   const char* name;
-  // outputs [begin, end); decoded: room for kDecodedRows rows of q4_g128
-  void (*matmul)(const MatmulArgs& a, int64_t begin, int64_t end, float* decoded /*[kDecodedRows, K]*/);
+  void (*matmul)(const MatmulArgs& a, int64_t begin, int64_t end);  // outputs [begin, end)
   void (*attend)(const AttendArgs& a, float* scores /*[last - first + 1]*/);
   void (*activate)(float* x, int64_t n, Activation act);
   void (*gate)(float* y, const float* gate, const float* up, int64_t n, Activation act);  // y = act(gate) * up

@@ -132,13 +132,13 @@ void matmul_rows(const MatmulArgs& a, int64_t begin, int64_t end) {
 
 void activate(float* x, int64_t n, Activation act);
 
-void matmul(const MatmulArgs& a, int64_t begin, int64_t end, float* decoded) {
+void matmul(const MatmulArgs& a, int64_t begin, int64_t end) {
   switch (a.w.format) {
     case Format::f32: matmul_rows<float>(a, begin, end); break;
     case Format::f16: matmul_rows<F16>(a, begin, end); break;
     case Format::bf16: matmul_rows<BF16>(a, begin, end); break;
     case Format::q8_row: matmul_rows<I8>(a, begin, end); break;
-    case Format::q4_g128: matmul_decoded(a, begin, end, decoded); break;
+    case Format::q4_g128: matmul4(a, begin, end); break;
   }
   if (a.act)
     for (int64_t t = 0; t < a.tokens; ++t) activate(a.y + t * a.w.rows + begin, end - begin, *a.act);

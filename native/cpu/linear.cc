@@ -10,10 +10,7 @@ void CpuOps::matmul(const MatmulArgs& a) {
   // several pieces per thread, so that one which loses its core does not hold up the others; whole blocks of rows
   int64_t piece = (n + pool_.threads() * 2 - 1) / (pool_.threads() * 2);
   piece = (std::max<int64_t>(piece, 8) + kBlockRows - 1) / kBlockRows * kBlockRows;
-  const size_t decoded = a.w.format == Format::q4_g128 ? size_t(kDecodedRows) * size_t(a.w.cols) : 0;
-  pool_.each((n + piece - 1) / piece, [&](int64_t i, int thread) {
-    kernels_.matmul(a, i * piece, std::min(n, (i + 1) * piece), decoded ? scratch(thread, decoded) : nullptr);
-  });
+  pool_.each((n + piece - 1) / piece, [&](int64_t i, int) { kernels_.matmul(a, i * piece, std::min(n, (i + 1) * piece)); });
 }
 
 void CpuOps::linear(void* y, const void* x, const Linear& w, const Activation* act_fn) {
