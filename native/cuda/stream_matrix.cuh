@@ -20,6 +20,18 @@ constexpr int kWarps = 8;         // consumers, 32 rows of a chunk each
 constexpr int kStages = 6;        // of the ring at most
 constexpr int kXTile = 8 * 128;   // bytes of 8 rows x 64 columns of x
 constexpr int kPart = kDecodeRows * kGroupRows;  // floats of a block's part of a group
+// Weights give way in L2 to what is used again.
+constexpr bool kWeightsOnce = true;
+// What the end of a group needs is read at its beginning (bias and, of up to kStashRows rows, what is added to), so that no block's end
+// waits for memory behind the weights that the next launch asks for.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool kStash = true;
+#else
+constexpr bool kStash = false;  // cp.async is the ring's
+#endif
+constexpr int kStashRows = 8;
+template <int NG> constexpr int kStashFloats = (2 + (NG == 1 ? kStashRows : 0)) * kGroupRows;
+constexpr int kPartsAhead = 4;  // chunks before its end a block has the others' parts brought to L2; 0: never
 constexpr uint32_t kAbsent = 0xffffffffu;  // in place of a part that has not come yet; SplitScratch is full of it between launches
 
 struct Source {
@@ -84,11 +96,44 @@ __device__ __forceinline__ bool absent(const float4& v) {
   return __float_as_uint(v.x) == kAbsent || __float_as_uint(v.y) == kAbsent || __float_as_uint(v.z) == kAbsent || __float_as_uint(v.w) == kAbsent;
 }
 
+__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// At the beginning of a group, whose first block ends it: bias, bias_b, rows of y to stash [.][kGroupRows]. A warp
+// has its 32 rows of them for itself.
+__device__ __forceinline__ void begin_group(const Args& a, float* stash, const Cursor& at) {
+  const Output& out = a.output[at.output];
+  const Epilogue& e = out.epilogue;
+  const int row = at.group * kGroupRows + int(threadIdx.x);
+  if (row < out.N) {
+    if (e.bias) copy4(stash + threadIdx.x, e.bias + row);
+    if (e.bias_b) copy4(stash + kGroupRows + threadIdx.x, e.bias_b + row);
+    if (e.store == Store::add && a.T <= kStashRows)
+      for (int t = 0; t < a.T; ++t) copy4(stash + (2 + t) * kGroupRows + threadIdx.x, static_cast<const float*>(e.y) + int64_t(t) * out.N + row);
+  }
+  if (e.store == Store::add && a.T > kStashRows && row / 32 * 32 < out.N)
+    for (int t = threadIdx.x % 32; t < a.T; t += 32) prefetch_l2(static_cast<const float*>(e.y) + int64_t(t) * out.N + row / 32 * 32);
+}
+
+// store_output() with what begin_group() has left for row `local` of the group
+template <class T, int NG>
+__device__ __forceinline__ void store_stashed(const Epilogue& e, const float* stash, float z, int t, int n, int N, int local) {
+  if (e.bias) z += stash[local];
+  if (e.bias_b) z += stash[kGroupRows + local];
+  const int64_t i = int64_t(t) * N + n;
+  if (e.store == Store::add)
+    static_cast<float*>(e.y)[i] = (NG == 1 ? stash[(2 + t) * kGroupRows + local] : static_cast<float*>(e.y)[i]) + z;
+  else if (e.store == Store::f32)
+    static_cast<float*>(e.y)[i] = z;
+  else
+    static_cast<T*>(e.y)[i] = from_float<T>(activate(z, e.activation));
+}
+
 // Sums of a row group over this block's columns are in acc. The first of the blocks that share the group adds the others' sums,
 // in their order, as they arrive: every word of a part says by itself whether it is there. All blocks of a launch are resident
 // at once (one per multiprocessor, and a launch starts when all blocks of its predecessor have), so waiting for them is safe.
-template <class T, int NG>
-__device__ __forceinline__ void finish(const Args& a, float (&acc)[2][NG][4], const Cursor& at, bool whole) {
+// kWide: registers allow for more of them at once
+template <class T, int NG, bool kWide>
+__device__ __forceinline__ void finish(const Args& a, float (&acc)[2][NG][4], const Cursor& at, bool whole, const float* stash) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const Output& out = a.output[at.output];
   const int row0 = at.group * kGroupRows + warp * 32 + g;
@@ -107,7 +152,7 @@ __device__ __forceinline__ void finish(const Args& a, float (&acc)[2][NG][4], co
             store_part(slot + size_t(blockIdx.x) * (kPart / 4) + (2 * j + i) * 256, present(acc[i][j][0]), present(acc[i][j][1]), present(acc[i][j][2]),
                        present(acc[i][j][3]));
     } else {
-      if (out.epilogue.store == Store::add) {  // what the sums are added to is on its way meanwhile
+      if (!kStash && out.epilogue.store == Store::add) {  // what the sums are added to is on its way meanwhile
 #pragma unroll
         for (int j = 0; j < NG; ++j)
 #pragma unroll
@@ -117,7 +162,7 @@ __device__ __forceinline__ void finish(const Args& a, float (&acc)[2][NG][4], co
               asm volatile("prefetch.global.L1 [%0];" ::"l"(static_cast<const float*>(out.epilogue.y) + int64_t(token) * out.N + row));
           }
       }
-      constexpr int kBatch = NG <= 4 ? 4 : 2;  // parts asked for at once
+      constexpr int kBatch = kWide ? 7 : NG <= 4 ? 4 : 2;  // parts asked for at once
 #pragma unroll
       for (int j = 0; j < NG; ++j) {
         if (j * 8 + 2 * t >= a.T) continue;
@@ -144,6 +189,10 @@ __device__ __forceinline__ void finish(const Args& a, float (&acc)[2][NG][4], co
       }
     }
   }
+  if constexpr (kStash) {
+    copy_wait_all();
+    __syncwarp();
+  }
 #pragma unroll
   for (int i = 0; i < 2; ++i)
 #pragma unroll
@@ -151,9 +200,15 @@ __device__ __forceinline__ void finish(const Args& a, float (&acc)[2][NG][4], co
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         const int row = row0 + i * 16 + q / 2 * 8, token = j * 8 + 2 * t + q % 2;
-        if (mine && token < a.T && row < out.N) store_output<T>(out.epilogue, acc[i][j][q], token, row, out.N);
+        if (mine && token < a.T && row < out.N) {
+          if constexpr (kStash)
+            store_stashed<T, NG>(out.epilogue, stash, acc[i][j][q], token, row, out.N, row % kGroupRows);
+          else
+            store_output<T>(out.epilogue, acc[i][j][q], token, row, out.N);
+        }
         acc[i][j][q] = 0.f;
       }
+  if constexpr (kStash) __syncwarp();
 }
 
 // One chunk: 8 warps x (2 row tiles) x NG groups of 8 rows of x.
@@ -202,6 +257,7 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, NG == 1 ? 2 : 1) stream_matr
   using T = typename W::Type;
   constexpr int kXBytes = W::kCols / 64 * NG * kXTile;
   extern __shared__ __align__(16) uint8_t shared[];
+  __shared__ float stash[kStash ? kStashFloats<NG> : 1];
   uint8_t* const ring = shared + (1024 - shared_address(shared) % 1024) % 1024;  // [stages] chunks, then [stages] x
   uint8_t* const xs = ring + ring_bytes<W>(a.stages);
   const uint32_t begin = share_begin(a, blockIdx.x), end = share_begin(a, blockIdx.x + 1);
@@ -223,10 +279,21 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, NG == 1 ? 2 : 1) stream_matr
   const auto close = [&](bool last) {
     const bool ends = at.step == a.output[at.output].steps - 1;
     if (ends || last) {
-      finish<T, NG>(a, acc, at, first_step == 0 && ends);
+      finish<T, NG, NG == 1 && kStash && W::kScale == Scale::none>(a, acc, at, first_step == 0 && ends, stash);
       first_step = 0;
     }
     at.next(a);
+  };
+
+  // c: of the last chunks of this block. What the others have added to the group it ends with, if that began here.
+  [[maybe_unused]] const auto prefetch_parts = [&](uint32_t c) {
+    const uint32_t group_begin = c - uint32_t(at.step), group_end = group_begin + uint32_t(a.output[at.output].steps);
+    if (group_begin < begin || group_end <= end) return;
+    const int parts = owner(a, group_end - 1) - int(blockIdx.x), t = threadIdx.x % 4;
+    for (int p = 1; p <= parts; ++p)
+      for (int j = 0; j < NG && j * 8 + 2 * t < a.T; ++j)
+        for (int i = 0; i < 2; ++i)
+          prefetch_l2(reinterpret_cast<float4*>(a.partial) + size_t(blockIdx.x + p) * (kPart / 4) + (2 * j + i) * 256 + threadIdx.x);
   };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -241,7 +308,8 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, NG == 1 ? 2 : 1) stream_matr
     const auto fetch_weights = [&](const Cursor& c, int s) {
       const Source& from = a.source[c.source(a)];
       barrier_expect(&full[s], W::kBytes + kXBytes);
-      bulk_copy(ring + s * W::kBytes, from.w + (size_t(c.group) * from.steps + c.column(a)) * W::kBytes, W::kBytes, &full[s]);
+      const uint8_t* const chunk = from.w + (size_t(c.group) * from.steps + c.column(a)) * W::kBytes;
+      kWeightsOnce ? bulk_copy_once(ring + s * W::kBytes, chunk, W::kBytes, &full[s]) : bulk_copy(ring + s * W::kBytes, chunk, W::kBytes, &full[s]);
     };
     const auto fetch_x = [&](const Cursor& c, int s) {
       const CUtensorMap* map = &a.source[c.source(a)].map;
@@ -268,6 +336,8 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, NG == 1 ? 2 : 1) stream_matr
   uint32_t parity = 0;
   for (uint32_t c = begin; c < end; ++c) {
     if (c > begin) load_scales(false);
+    if (kStash && at.step == 0) begin_group(a, stash, at);
+    if (NG <= 2 && kPartsAhead && c + kPartsAhead == end) prefetch_parts(c);  // more do not fit the registers
     barrier_wait(&full[stage], parity);
     multiply<W, NG>(acc, ring + stage * W::kBytes, xs + stage * kXBytes, row_scale);
     __syncwarp();
@@ -312,7 +382,7 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, NG == 1 ? 2 : 1) stream_matr
 template <class W, int NG>
 void launch_stream(const Stream& s, DType act, Args& a) {
   const int stage_bytes = W::kBytes + W::kCols / 64 * NG * kXTile;
-  a.stages = std::min((s.shared_max - 2048) / stage_bytes, s.bulk_copy ? kStages : 4);
+  a.stages = std::min((s.shared_max - 2048 - (s.bulk_copy ? kStashFloats<NG> * 4 : 0)) / stage_bytes, s.bulk_copy ? kStages : 4);
   if (a.stages < 2) throw DeviceError(cat("CUDA: this device's ", s.shared_max, " bytes of shared memory per block are too few"));
   if (s.bulk_copy)
     for (Source& from : a.source)
