@@ -191,6 +191,14 @@ class TestOps {
     return read(y);
   }
 
+  // returns out, and k, v after
+  py::tuple rope_attention(const py::dict& batch, const Floats& qkv, const Floats& k, const Floats& v, int heads, int kv_heads) {
+    Buffer x = in(qkv, ops_->act()), kb = in(k, ops_->act()), vb = in(v, ops_->act());
+    Buffer y = out({qkv.shape(0), heads * config_.head_dim}, ops_->act());
+    run(batch, [&] { ops_->rope_attention(y.data, x.data, {kb.data, vb.data}, config_, heads, kv_heads); });
+    return py::make_tuple(read(y), read(kb), read(vb));
+  }
+
   Floats zero(const py::dict& batch, const Floats& y) {
     Buffer b = in(y, DType::f32);
     run(batch, [&] { ops_->zero(b.floats(), y.shape(1)); });
@@ -365,6 +373,7 @@ void bind_testing(py::module_& module) {
       .def("gate", &TestOps::gate, "batch"_a, "gate"_a, "up"_a, "activation"_a, "in_place"_a = false)
       .def("rope_store", &TestOps::rope_store, "batch"_a, "qkv"_a, "k"_a, "v"_a, "heads"_a, "kv_heads"_a)
       .def("attention", &TestOps::attention, "batch"_a, "qkv"_a, "k"_a, "v"_a, "heads"_a, "kv_heads"_a)
+      .def("rope_attention", &TestOps::rope_attention, "batch"_a, "qkv"_a, "k"_a, "v"_a, "heads"_a, "kv_heads"_a)
       .def("zero", &TestOps::zero, "batch"_a, "y"_a)
       .def("add", &TestOps::add, "batch"_a, "y"_a, "x"_a)
       .def("gather_logit_rows", &TestOps::gather_logit_rows, "batch"_a, "x"_a)

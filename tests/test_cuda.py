@@ -268,6 +268,25 @@ def test_attention(dtype, shape):
         np.testing.assert_array_equal(got, whole[start + first:start + first + count])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ATTENTION, ids=lambda s: f"d{s['head_dim']}x{s['heads']}/{s['kv_heads']}w{s.get('window', 0)}")
+def test_rope_attention(dtype, shape):
+    """Equals rope_store, then attention, bit for bit: decode rows alone, beside chunks, two of one sequence."""
+    rng, pages = np.random.default_rng(4), 128
+    both = Both(dtype, pages, **shape)
+    heads, kv_heads, d = shape["heads"], shape["kv_heads"], shape["head_dim"]
+    k, v = map(both.round, cache(rng, shape, pages))
+    table = Pages(SLOTS, MAX_LEN, pages)
+    alone = [(0, 1, 0), (1, 1, 31), (2, 1, 127), (3, 1, 128), (4, 1, 700), (5, 1, 255), (6, 1, 1), (7, 1, 33)]
+    for decode, prefill in ((alone, []), (alone[4:5], []), (alone, [(8, [1] * 70, 0), (9, [1] * 3, 300)]), (alone + [(4, 1, 701), (7, 1, 34)], [])):
+        batch = make_batch(table, decode=decode, prefill=prefill, logits="none")
+        qkv = both.round(rng.standard_normal((len(batch["token"]), (heads + 2 * kv_heads) * d)))
+        turned, keys, values = both.cuda.rope_store(batch, qkv, k, v, heads, kv_heads)
+        want = both.cuda.attention(batch, turned, keys, values, heads, kv_heads)
+        for got, expected in zip(both.cuda.rope_attention(batch, qkv, k, v, heads, kv_heads), (want, keys, values)):
+            np.testing.assert_array_equal(got, expected)
+
+
 FAR = [dict(heads=4, kv_heads=4, head_dim=128, rope_dim=32), dict(heads=8, kv_heads=1, head_dim=64, rope_dim=64),
        dict(heads=6, kv_heads=2, head_dim=128, rope_dim=128, window=1500), dict(heads=3, kv_heads=1, head_dim=96, rope_dim=0),
        dict(heads=1, kv_heads=1, head_dim=256, rope_dim=64)]

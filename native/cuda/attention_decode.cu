@@ -3,7 +3,10 @@
 // on its position alone, not on how many blocks share its splits. Any head_dim up to 256 that is a multiple of 8.
 // K and V of a split are read into registers at once: those of earlier steps before the kernel waits for its predecessor, those of
 // the next split while this one's parts are combined.
+// With rope (FUSE) a row comes as the projection left it: a block rotates its Q, and whoever reads the split of the row's own position
+// rotates K, stores K and V, and goes on with them from registers; no other row of the step may look at that position.
 #include "cuda/kernels.h"
+#include "cuda/rotate.cuh"
 
 namespace codefuse::cuda {
 
@@ -11,11 +14,12 @@ namespace {
 
 struct Args {
   StepMeta m;
-  int row0, heads, kv_heads, head_dim, window;
+  int row0, heads, kv_heads, head_dim, window, rope_dim;
   float scale;       // log2(e) / sqrt(head_dim)
   float* partial;    // [rows, heads, splits, head_dim + 2]: sum of p v, greatest score, sum of p
   int32_t* arrived;  // [rows, kv_heads]
   int splits;
+  const float2* angles;  // [max_len, rope_dim / 2], FUSE; rope_dim a multiple of 16
 };
 
 // 8 elements, 16 bytes at a time; not through L1, which could hold a line from before another kernel wrote to it
@@ -48,9 +52,10 @@ __device__ __forceinline__ void unpack(const Eight<T>& v, float (&f)[8]) {
 
 // LANES lanes hold one token's head; a warp looks at 32 / LANES tokens at a time. HOLD: there are registers for V beside K.
 // grid: (kv_heads, rows, blocks sharing splits)
-template <class T, int LANES, int WARPS, bool HOLD>
-__global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) attend_rows(T* __restrict__ out, const T* __restrict__ qkv, const T* __restrict__ keys,
-                                                                       const T* __restrict__ values, const Args a) {
+template <class T, int LANES, int WARPS, bool HOLD, bool FUSE>
+__global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) attend_rows(T* __restrict__ out, const T* __restrict__ qkv, T* keys,
+                                                                       T* values, const Args a) {
+  static_assert(!FUSE || (HOLD && sizeof(T) == 2), "");
   constexpr int kTokens = kSplitTokens / WARPS, kRound = 32 / LANES, kRounds = kTokens / kRound;  // tokens of a warp, and at a time
   constexpr int kSame = LANES / kRounds;   // lanes that come to hold one token's score
   constexpr int kOwn = 8 / kRound;         // elements of the head that a lane comes to hold
@@ -72,7 +77,7 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) attend_rows(T* __restr
   const int32_t* table = a.m.table + int64_t(a.m.sequence[row]) * a.m.max_pages;
   const bool active = at < d;
   const int64_t round_stride = int64_t(kRound) * d;
-  qkv += int64_t(row) * (a.heads + 2 * a.kv_heads) * d + kv_head * group * d;
+  qkv += int64_t(row) * (a.heads + 2 * a.kv_heads) * d;
   out += (int64_t(row) * a.heads + kv_head * group) * d;
   float* const partial = a.partial + (int64_t(blockIdx.y) * a.heads + kv_head * group) * a.splits * (d + 2);
 
@@ -87,20 +92,62 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) attend_rows(T* __restr
       if (active && token0 + r * kRound >= from && token0 + r * kRound < end) to[r] = load8(p + r * round_stride);
   };
 
-  Eight<T> k[kRounds] = {}, v[kRounds] = {};
+  const int pairs = a.rope_dim / 2, partner = at < pairs ? at + pairs : at - pairs, stored = FUSE ? last : last + 1;  // end of what is read from pages
+  float2 angle[8];
+  if (FUSE && at < a.rope_dim) {
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      const float4 two = __ldg(reinterpret_cast<const float4*>(a.angles + int64_t(last) * pairs + min(at, partner) + i));
+      angle[i] = make_float2(two.x, two.y), angle[i + 1] = make_float2(two.z, two.w);
+    }
+  }
+  // the lane's part of a head of Q or K, rotated
+  const auto turned = [&](const T* head) {
+    Eight<T> own = load8(head + at);
+    if constexpr (FUSE) {
+      if (at < a.rope_dim) {
+        float x[8], y[8];
+        unpack(load8(head + partner), y);
+        unpack(own, x);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) x[i] = at < pairs ? rotate_first(x[i], y[i], angle[i]) : rotate_second(y[i], x[i], angle[i]);
+        own.raw[0] = make_uint4(pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7]));
+      }
+    }
+    return own;
+  };
+
+  Eight<T> k[kRounds] = {}, v[kRounds] = {}, own_k = {}, own_v = {};
   int split = blockIdx.z, page = page_of(split), buffer = 0;
-  load(k, keys, split, page, first, min(settled, last + 1));
-  if (HOLD) load(v, values, split, page, first, min(settled, last + 1));
+  load(k, keys, split, page, first, min(settled, stored));
+  if (HOLD) load(v, values, split, page, first, min(settled, stored));
   grid_wait();
-  load(k, keys, split, page, max(first, settled), last + 1);
-  if (HOLD) load(v, values, split, page, max(first, settled), last + 1);
+  load(k, keys, split, page, max(first, settled), stored);
+  if (HOLD) load(v, values, split, page, max(first, settled), stored);
+  const int own_token = (splits - 1) % share == int(blockIdx.z) && last - token_of(splits - 1) < kTokens ? last - token_of(splits - 1) : -1;  // the warp's
+  if (FUSE && own_token >= 0 && active) {
+    own_k = turned(qkv + (a.heads + kv_head) * d);
+    own_v = load8(qkv + (a.heads + a.kv_heads + kv_head) * d + at);
+    if (lane / LANES == own_token % kRound) {
+      const int64_t to = ((int64_t(page_of(splits - 1)) * a.kv_heads + kv_head) * kPageTokens + last % kPageTokens) * d + at;
+      *reinterpret_cast<uint4*>(keys + to) = own_k.raw[0];
+      *reinterpret_cast<uint4*>(values + to) = own_v.raw[0];
+    }
+  }
+  const auto put_own = [&](int split) {
+    if (!FUSE || split != splits - 1 || own_token < 0) return;
+#pragma unroll
+    for (int r = 0; r < kRounds; ++r)
+      if (lane / LANES + r * kRound == own_token) k[r] = own_k, v[r] = own_v;
+  };
+  put_own(split);
 
   for (; split < splits; split += share) {
     const int next_page = page_of(split + share);
     const int mine = token_of(split) + lane % LANES / kSame * kRound + lane / LANES;  // whose score this lane comes to hold
     for (int h = 0; h < group; ++h, buffer ^= 1) {
       float q[8] = {}, z[kRounds];
-      if (active) unpack(load8(qkv + h * d + at), q);
+      if (active) unpack(turned(qkv + (kv_head * group + h) * d), q);
 #pragma unroll
       for (int i = 0; i < 8; ++i) q[i] *= a.scale;
       if (!HOLD && (h > 0 || split != int(blockIdx.z))) load(k, keys, split, page, first, last + 1);
@@ -148,8 +195,9 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) attend_rows(T* __restr
       if (HOLD && h == group - 1 && split + share < splits) {
 #pragma unroll
         for (int r = 0; r < kRounds; ++r) v[r] = {};
-        load(k, keys, split + share, next_page, first, last + 1);
-        load(v, values, split + share, next_page, first, last + 1);
+        load(k, keys, split + share, next_page, first, stored);
+        load(v, values, split + share, next_page, first, stored);
+        put_own(split + share);
       }
       int own = at;
 #pragma unroll
@@ -232,18 +280,23 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) attend_rows(T* __restr
 }
 
 template <class T>
-void run(const Stream& s, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, int row, int rows, const AttentionShape& a, const AttentionScratch& scratch) {
-  Args args{m, row, a.heads, a.kv_heads, a.head_dim, a.window, 1.44269504088896341f / sqrtf(float(a.head_dim)), scratch.partial, scratch.arrived, scratch.splits};
+void run(const Stream& s, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, int row, int rows, const AttentionShape& a, const AttentionScratch& scratch,
+         const float2* angles) {
+  Args args{m, row, a.heads, a.kv_heads, a.head_dim, a.window, a.rope_dim, 1.44269504088896341f / sqrtf(float(a.head_dim)), scratch.partial, scratch.arrived, scratch.splits, angles};
   constexpr bool f32 = sizeof(T) == 4;
   constexpr int kHalfWarps = f32 ? 16 : 8;  // so that K and V of a split are 64 registers
-  const auto kernel = a.head_dim <= 64 ? attend_rows<T, 8, 8, true> : a.head_dim <= 128 ? attend_rows<T, 16, kHalfWarps, true> : attend_rows<T, 32, 16, !f32>;
+  auto kernel = a.head_dim <= 64 ? attend_rows<T, 8, 8, true, false>
+                : a.head_dim <= 128 ? attend_rows<T, 16, kHalfWarps, true, false> : attend_rows<T, 32, 16, !f32, false>;
+  if constexpr (!f32) {
+    if (angles) kernel = a.head_dim <= 64 ? attend_rows<T, 8, 8, true, true> : attend_rows<T, 16, 8, true, true>;  // wider heads have no registers left for it
+  }
   const int threads = a.head_dim <= 64 ? 256 : a.head_dim <= 128 ? kHalfWarps * 32 : 512;
   for (; args.row0 < row + rows; args.row0 += scratch.rows) {
     const int count = std::min(scratch.rows, row + rows - args.row0), heads = a.kv_heads * count;
     // few rows: one wave of blocks, so that the next kernel can start; a block without a split ends at once
     const int share = std::max(1, std::min(scratch.splits, (heads <= s.sms ? 2 : 6) * s.sms / heads));
-    launch(s, kernel, dim3(a.kv_heads, count, share), threads, 0, static_cast<T*>(out), static_cast<const T*>(qkv), static_cast<const T*>(kv.k),
-           static_cast<const T*>(kv.v), args);
+    launch(s, kernel, dim3(a.kv_heads, count, share), threads, 0, static_cast<T*>(out), static_cast<const T*>(qkv), static_cast<T*>(kv.k),
+           static_cast<T*>(kv.v), args);
   }
 }
 
@@ -251,8 +304,15 @@ void run(const Stream& s, void* out, const void* qkv, const KvLayer& kv, const S
 
 void attention_rows(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, int row, int T,
                     const AttentionShape& a, const AttentionScratch& scratch) {
-  if (act == DType::f32) return run<float>(s, out, qkv, kv, m, row, T, a, scratch);
-  act == DType::f16 ? run<__half>(s, out, qkv, kv, m, row, T, a, scratch) : run<__nv_bfloat16>(s, out, qkv, kv, m, row, T, a, scratch);
+  if (act == DType::f32) return run<float>(s, out, qkv, kv, m, row, T, a, scratch, nullptr);
+  act == DType::f16 ? run<__half>(s, out, qkv, kv, m, row, T, a, scratch, nullptr) : run<__nv_bfloat16>(s, out, qkv, kv, m, row, T, a, scratch, nullptr);
+}
+
+bool rope_attention_fits(DType act, const AttentionShape& a) { return act != DType::f32 && a.rope_dim % 16 == 0 && a.head_dim <= 128; }
+
+void rope_attention_rows(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const float2* angles, const StepMeta& m, int T,
+                         const AttentionShape& a, const AttentionScratch& scratch) {
+  act == DType::f16 ? run<__half>(s, out, qkv, kv, m, 0, T, a, scratch, angles) : run<__nv_bfloat16>(s, out, qkv, kv, m, 0, T, a, scratch, angles);
 }
 
 }  // namespace codefuse::cuda

@@ -39,6 +39,7 @@ class CudaOps final : public Ops {
   void gate(void* y, const void* gate, const void* up, Activation act_fn, int n) override;
   void rope_store(void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) override;
   void attention(void* out, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) override;
+  void rope_attention(void* out, void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) override;
   void zero(float* y, int64_t n_per_row) override;
   void add(float* y, const float* x, int64_t n_per_row) override;
   void gather_logit_rows(float* y, const float* x, int hidden) override;
@@ -93,6 +94,8 @@ class CudaOps final : public Ops {
   SplitScratch split_;
   PrefillScratch prefill_;
   AttentionScratch attention_;
+  void prefill_attention(void* out, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads);
+  bool own_sequences_ = false;  // no decode row's sequence has another row in the step
   SampleScratch sampling_;
   void* padded_ = nullptr;  // x with K rounded up
   size_t padded_bytes_ = 0;

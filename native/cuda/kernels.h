@@ -119,6 +119,10 @@ constexpr int kSplitTokens = 128;
 // One row at a time, its positions in splits of kSplitTokens combined in order; rows [row, row + T).
 void attention_rows(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, int row, int T,
                     const AttentionShape& a, const AttentionScratch& scratch);
+// rope_store and attention_rows of rows [0, T) at once, the same bit for bit; every row of a sequence of its own, qkv left as it is.
+bool rope_attention_fits(DType act, const AttentionShape& a);
+void rope_attention_rows(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const float2* angles, const StepMeta& m, int T,
+                         const AttentionShape& a, const AttentionScratch& scratch);
 // Tiles of prefill rows on the tensor cores; 16-bit act, head_dim <= 128.
 void attention_tiles(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, int tiles, const AttentionShape& a);
 

@@ -144,7 +144,14 @@ void CudaOps::step(const Batch& batch, int ticket, const std::function<void()>& 
   samples_ = batch.samples();
   sampling_kind_ = Sampling::greedy;
   for (const SampleParams& p : batch.sample) sampling_kind_ = std::max(sampling_kind_, sampling_of(p));
-  bool record = replay_ && decode_rows_ == rows_ && samples_ == rows_;
+  own_sequences_ = true;
+  std::vector<char> seen(size_t(limits_.slots), 0);
+  for (int t = 0; t < rows_; ++t) {
+    char& s = seen[size_t(batch.slot[t])];
+    if (s && (t < decode_rows_ || s == 1)) own_sequences_ = false;
+    s = t < decode_rows_ ? 1 : 2;
+  }
+  bool record = replay_ && own_sequences_ && decode_rows_ == rows_ && samples_ == rows_;
   for (int i = 0; i < samples_ && record; ++i) record = batch.logit_row[i] == i;
   const int padded = std::min({bucket_of(rows_), limits_.rows, limits_.slots});
   record = record && padded >= rows_;
@@ -313,8 +320,23 @@ void CudaOps::rope_store(void* qkv, const KvLayer& kv, const ModelConfig& c, int
 }
 
 void CudaOps::attention(void* out, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) {
+  if (decode_rows_) attention_rows(s_, act_, out, qkv, kv, meta_, 0, decode_rows_, shape(c, heads, kv_heads), attention_);
+  prefill_attention(out, qkv, kv, c, heads, kv_heads);
+}
+
+void CudaOps::rope_attention(void* out, void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) {
   const AttentionShape a = shape(c, heads, kv_heads);
-  if (decode_rows_) attention_rows(s_, act_, out, qkv, kv, meta_, 0, decode_rows_, a, attention_);
+  if (!decode_rows_ || !own_sequences_ || !rope_attention_fits(act_, a)) return Ops::rope_attention(out, qkv, kv, c, heads, kv_heads);
+  rope_attention_rows(s_, act_, out, qkv, kv, angles_, meta_, decode_rows_, a, attention_);
+  if (rows_ == decode_rows_) return;
+  StepMeta rest = meta_;
+  rest.slot += decode_rows_, rest.position += decode_rows_, rest.sequence += decode_rows_;
+  cuda::rope_store(s_, act_, static_cast<char*>(qkv) + int64_t(decode_rows_) * (heads + 2 * kv_heads) * c.head_dim * 2, kv, angles_, rest, rows_ - decode_rows_, a);
+  prefill_attention(out, qkv, kv, c, heads, kv_heads);
+}
+
+void CudaOps::prefill_attention(void* out, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) {
+  const AttentionShape a = shape(c, heads, kv_heads);
   if (rows_ == decode_rows_) return;
   if (act_ == DType::f32 || c.head_dim > 128)
     attention_rows(s_, act_, out, qkv, kv, meta_, decode_rows_, rows_ - decode_rows_, a, attention_);

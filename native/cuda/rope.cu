@@ -1,5 +1,6 @@
 // Rotates Q and K of each row and stores K and V in the row's page.
 #include "cuda/kernels.h"
+#include "cuda/rotate.cuh"
 
 namespace codefuse::cuda {
 
@@ -34,8 +35,8 @@ __global__ void __launch_bounds__(256) rope_rows(T* __restrict__ qkv, T* __restr
 #pragma unroll
       for (int e = 0; e < W; ++e) {
         const float u = to_float(x.v[e]), v = to_float(y.v[e]);
-        x.v[e] = from_float<T>(u * r.v[e].x - v * r.v[e].y);
-        y.v[e] = from_float<T>(v * r.v[e].x + u * r.v[e].y);
+        x.v[e] = from_float<T>(rotate_first(u, v, r.v[e]));
+        y.v[e] = from_float<T>(rotate_second(u, v, r.v[e]));
       }
       *reinterpret_cast<Pack<T, W>*>(h + first) = x;
       *reinterpret_cast<Pack<T, W>*>(h + second) = y;

@@ -40,8 +40,7 @@ void Model::add_to_residual(int rows, const F& parts) {
 
 void Model::attention_block(Layer& layer, const void* normed) {
   ops_.linear(qkv_, normed, layer.qkv);
-  ops_.rope_store(qkv_, layer.kv, config_, heads_, kv_heads_);
-  ops_.attention(attended_, qkv_, layer.kv, config_, heads_, kv_heads_);
+  ops_.rope_attention(attended_, qkv_, layer.kv, config_, heads_, kv_heads_);
 }
 
 void Model::mlp_block(Layer& layer, const void* normed) {
@@ -63,8 +62,7 @@ void Model::parallel_layer(Layer& layer, int rows) {
     ops_.norm(normed_, x_, layer.norm1, config_.norm, config_.norm_eps, config_.hidden);
   }
   ops_.linear_pair(qkv_, normed_, layer.qkv, nullptr, up_, two ? normed2_ : normed_, layer.mlp_up, &config_.activation);
-  ops_.rope_store(qkv_, layer.kv, config_, heads_, kv_heads_);
-  ops_.attention(attended_, qkv_, layer.kv, config_, heads_, kv_heads_);
+  ops_.rope_attention(attended_, qkv_, layer.kv, config_, heads_, kv_heads_);
   add_to_residual(rows, [&](float* y) { ops_.linear_add_pair(y, attended_, layer.attn_out, up_, layer.mlp_down, comm_.rank() == 0); });
 }
 

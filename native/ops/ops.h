@@ -90,6 +90,11 @@ class Ops {
   virtual void rope_store(void* qkv /*[T,(heads+2*kv_heads)*D] act*/, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) = 0;
   // Softmax(q k^T / sqrt(D)) v over positions max(0, p - window + 1) .. p of each row's sequence, p = its position.
   virtual void attention(void* out /*[T,heads*D] act*/, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) = 0;
+  // Both, bit for bit; qkv afterwards is unspecified.
+  virtual void rope_attention(void* out, void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) {
+    rope_store(qkv, kv, c, heads, kv_heads);
+    attention(out, qkv, kv, c, heads, kv_heads);
+  }
   virtual void zero(float* y, int64_t n_per_row) = 0;                                // y [T, n_per_row] = 0
   virtual void add(float* y, const float* x, int64_t n_per_row) = 0;                 // y [T, n_per_row] += x
   // y[s] = x[logit_row[s]]
