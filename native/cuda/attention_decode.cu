@@ -281,14 +281,14 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) attend_rows(T* __restr
 
 template <class T>
 void run(const Stream& s, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, int row, int rows, const AttentionShape& a, const AttentionScratch& scratch,
-         const float2* angles) {
+         bool fuse, const float2* angles) {
   Args args{m, row, a.heads, a.kv_heads, a.head_dim, a.window, a.rope_dim, 1.44269504088896341f / sqrtf(float(a.head_dim)), scratch.partial, scratch.arrived, scratch.splits, angles};
   constexpr bool f32 = sizeof(T) == 4;
   constexpr int kHalfWarps = f32 ? 16 : 8;  // so that K and V of a split are 64 registers
   auto kernel = a.head_dim <= 64 ? attend_rows<T, 8, 8, true, false>
                 : a.head_dim <= 128 ? attend_rows<T, 16, kHalfWarps, true, false> : attend_rows<T, 32, 16, !f32, false>;
   if constexpr (!f32) {
-    if (angles) kernel = a.head_dim <= 64 ? attend_rows<T, 8, 8, true, true> : attend_rows<T, 16, 8, true, true>;  // wider heads have no registers left for it
+    if (fuse) kernel = a.head_dim <= 64 ? attend_rows<T, 8, 8, true, true> : attend_rows<T, 16, 8, true, true>;  // wider heads have no registers left for it
   }
   const int threads = a.head_dim <= 64 ? 256 : a.head_dim <= 128 ? kHalfWarps * 32 : 512;
   for (; args.row0 < row + rows; args.row0 += scratch.rows) {
@@ -304,15 +304,15 @@ void run(const Stream& s, void* out, const void* qkv, const KvLayer& kv, const S
 
 void attention_rows(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, int row, int T,
                     const AttentionShape& a, const AttentionScratch& scratch) {
-  if (act == DType::f32) return run<float>(s, out, qkv, kv, m, row, T, a, scratch, nullptr);
-  act == DType::f16 ? run<__half>(s, out, qkv, kv, m, row, T, a, scratch, nullptr) : run<__nv_bfloat16>(s, out, qkv, kv, m, row, T, a, scratch, nullptr);
+  if (act == DType::f32) return run<float>(s, out, qkv, kv, m, row, T, a, scratch, false, nullptr);
+  act == DType::f16 ? run<__half>(s, out, qkv, kv, m, row, T, a, scratch, false, nullptr) : run<__nv_bfloat16>(s, out, qkv, kv, m, row, T, a, scratch, false, nullptr);
 }
 
 bool rope_attention_fits(DType act, const AttentionShape& a) { return act != DType::f32 && a.rope_dim % 16 == 0 && a.head_dim <= 128; }
 
 void rope_attention_rows(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const float2* angles, const StepMeta& m, int T,
                          const AttentionShape& a, const AttentionScratch& scratch) {
-  act == DType::f16 ? run<__half>(s, out, qkv, kv, m, 0, T, a, scratch, angles) : run<__nv_bfloat16>(s, out, qkv, kv, m, 0, T, a, scratch, angles);
+  act == DType::f16 ? run<__half>(s, out, qkv, kv, m, 0, T, a, scratch, true, angles) : run<__nv_bfloat16>(s, out, qkv, kv, m, 0, T, a, scratch, true, angles);
 }
 
 }  // namespace codefuse::cuda
