@@ -24,6 +24,9 @@ inline void check(cudaError_t e, const char* what) {
 struct Stream {
   cudaStream_t stream = nullptr;
   bool dependent = false;
+  // percent of an SM's L1 that is shared memory, the same for every kernel: an SM changes it only when it is idle, so a small
+  // kernel that asked for less could not start beside a streaming one
+  int carveout = 100;
   int sms = 0;          // multiprocessors
   int shared_max = 0;   // bytes of shared memory one block may have
   bool bulk_copy = false;  // cp.async.bulk and mbarriers (9.0)
@@ -37,11 +40,13 @@ void launch(const Stream& s, void (*kernel)(P...), dim3 grid, dim3 block, size_t
   c.blockDim = block;
   c.dynamicSmemBytes = shared;
   c.stream = s.stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  c.attrs = &attribute;
-  c.numAttrs = s.dependent ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+  attributes[0].val.sharedMemCarveout = unsigned(s.carveout);
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  c.attrs = attributes;
+  c.numAttrs = s.dependent ? 2 : 1;
   if (shared > 48 << 10)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared memory");
   check(cudaLaunchKernelEx(&c, kernel, P(args)...), "launch");
