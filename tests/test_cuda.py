@@ -45,19 +45,21 @@ class Both:
     def call(self, op: str, *args, **kw):
         return getattr(self.cpu, op)(*args, **kw), getattr(self.cuda, op)(*args, **kw)
 
-    def same(self, op: str, *args, eps: float | None = None, **kw) -> None:
+    def same(self, op: str, *args, eps: float | None = None, size=None, **kw) -> None:
         want, got = self.call(op, *args, **kw)
-        for w, g in zip(want, got) if isinstance(want, tuple) else [(want, got)]:
-            close(g, w, EPS[self.dtype] if eps is None else eps)
+        want, got, size = (v if isinstance(want, tuple) else (v,) for v in (want, got, size))
+        for w, g, s in zip(want, got, size or [None] * len(want)):
+            close(g, w, EPS[self.dtype] if eps is None else eps, s)
 
 
-def close(got: np.ndarray, want: np.ndarray, eps: float) -> None:
-    """Within eps of each element or of the rows' typical size, which is what a sum's rounding grows with."""
+def close(got: np.ndarray, want: np.ndarray, eps: float, size: np.ndarray | None = None) -> None:
+    """Within eps of each element or of its sum's size, which is what rounding grows with: `size` [like want], or the typical one."""
     assert got.shape == want.shape
     assert np.isfinite(got).all()
-    size = np.sqrt(np.mean(want.astype(np.float64)**2)) if want.size else 0.0
+    if size is None:
+        size = np.sqrt(np.mean(want.astype(np.float64)**2)) if want.size else 0.0
     worst = np.max(np.abs(got - want) - 2 * eps * np.maximum(np.abs(want), size), initial=-1.0)
-    assert worst <= 0, f"off by {np.max(np.abs(got - want))} where the typical size is {size}"
+    assert worst <= 0, f"off by {np.max(np.abs(got - want))} where the typical size is {np.mean(size)}"
 
 
 @pytest.fixture(scope="module", params=DTYPES)

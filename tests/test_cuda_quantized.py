@@ -33,6 +33,11 @@ def matrix(format: str, n: int, k: int, seed: int = 0) -> dict[str, np.ndarray]:
     return _native.pack(format, rng.integers(0, 16, (n, k)).astype(np.uint8), scale, rng.integers(0, 16, (n, k // 128)).astype(np.uint8))
 
 
+def size_of(*products) -> np.ndarray:
+    """Typical size of sums of products (x [T, K], parts) with random signs, [T, N]: the rows' scales differ by a factor of 32."""
+    return np.sqrt(sum((x.astype(np.float64)**2) @ (_native.decode(format, parts).astype(np.float64)**2).T for x, parts, format in products) + 1e-12)
+
+
 @pytest.mark.parametrize("format,n,k", SHAPES)
 def test_repacked_weights_are_the_weights(both, format, n, k):
     parts = matrix(format, n, k)
@@ -55,14 +60,14 @@ def test_linear(both, format, n, k, decode, prefill):
     parts = matrix(format, n, k)
     x = both.round(rng.standard_normal((decode + prefill, k)))
     y, bias = rng.standard_normal((decode + prefill, n)).astype(np.float32), rng.standard_normal(n).astype(np.float32)
-    batch = rows_batch(decode, prefill)
-    both.same("linear", batch, x, parts, format, bias)
-    both.same("linear", batch, x, parts, format, None, activation="gelu")
+    batch, size = rows_batch(decode, prefill), size_of((x, parts, format))
+    both.same("linear", batch, x, parts, format, bias, size=size)
+    both.same("linear", batch, x, parts, format, None, activation="gelu", size=size)
     # decode rows multiply by the codes as they are; for prefill rows code times scale is rounded to 16 bits
     eps = 5e-6 if both.dtype == "float32" else EPS[both.dtype] if prefill else 1e-4
-    both.same("linear_add", batch, y, x, parts, format, bias, eps=eps)
+    both.same("linear_add", batch, y, x, parts, format, bias, eps=eps, size=size)
     if not prefill:
-        both.same("logits", rows_batch(decode, 0, "all"), x, parts, format, bias, eps=eps)
+        both.same("logits", rows_batch(decode, 0, "all"), x, parts, format, bias, eps=eps, size=size)
 
 
 def test_one_wrong_code_shows(both):
@@ -99,7 +104,8 @@ def test_model(tmp_path, format, fields):
     prompts = [tokens[:n] for n in (5, 33, 64, 90)]
     cpu = runner(tmp_path / "q", device="cpu")
     want, expected = cpu.logits(make_batch(pages_of(cpu), prefill=[(0, tokens[:64], 0)], logits="all")), greedy(cpu, prompts, 40, True)
-    for dtype, eps in (("float32", 1e-5), ("float16", 6e-3), ("bfloat16", 4e-2)):
+    # Rounding the decoded weights alone, on the CPU, moves the serial model's logits by 0.7 % of their size in float16, 7 % in bfloat16.
+    for dtype, eps in (("float32", 1e-5), ("float16", 1e-2), ("bfloat16", 0.11)):
         r = runner(tmp_path / "q", device="cuda", dtype=dtype)
         assert r.weight_bytes == cpu.weight_bytes
         whole = r.logits(make_batch(pages_of(r), prefill=[(0, tokens[:64], 0)], logits="all"))
@@ -132,9 +138,9 @@ def test_linear_pairs(both, format, na, ka, nb, kb, decode, prefill):
     xa, xb, y = both.round(rng.standard_normal((rows, ka))), both.round(rng.standard_normal((rows, kb))), rng.standard_normal((rows, na)).astype(np.float32)
     ba, bb, bc = (rng.standard_normal(n).astype(np.float32) for n in (na, nb, na))
     wa, wb, wc = matrix(format, na, ka), matrix(format, nb, kb), matrix(format, na, kb, 1)
-    both.same("linear_pair", batch, xa, wa, xb, wb, format, ba, bb, activation="gelu")
+    both.same("linear_pair", batch, xa, wa, xb, wb, format, ba, bb, activation="gelu", size=(size_of((xa, wa, format)), size_of((xb, wb, format))))
     eps = 5e-6 if both.dtype == "float32" else EPS[both.dtype] if prefill else 1e-4
-    both.same("linear_add_pair", batch, y, xa, wa, xb, wc, format, ba, bc, eps=eps)
+    both.same("linear_add_pair", batch, y, xa, wa, xb, wc, format, ba, bc, eps=eps, size=size_of((xa, wa, format), (xb, wc, format)))
     if not prefill:
         total, pair = both.cuda.linear_add_pair(batch, y, xa, wa, xb, wc, format), both.cuda.linear_pair(batch, xa, wa, xb, wb, format)
         np.testing.assert_array_equal(both.cuda.linear_add_pair(rows_batch(1, 0), y[-1:], xa[-1:], wa, xb[-1:], wc, format), total[-1:])
