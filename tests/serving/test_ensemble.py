@@ -27,7 +27,7 @@ def inputs(prompt: str, max_tokens: int, stream: bool) -> list:
 
 
 def test_plain_tritonclient(server: TritonServer) -> None:
-    stream = PlainStream(server, "ensemble", inputs(PROMPT, 24, True), request_id="42")
+    stream = PlainStream(server, "ensemble", inputs(PROMPT, 200, True), request_id="42")
     results = list(stream)
     stream.close()
     text = "".join(r.as_numpy("text_output")[0].decode() for r in results)
@@ -36,8 +36,8 @@ def test_plain_tritonclient(server: TritonServer) -> None:
     assert all(r.as_numpy("batch_index")[0][0] == 0 and r.as_numpy("sequence_index")[0][0] == 0 for r in results)
     assert all(r.get_response().id == "42" for r in results)
     assert results[-1].as_numpy("finish_reason")[0][0] == b"length"
-    assert results[-1].as_numpy("num_output_tokens")[0][0] == 24
-    whole = PlainStream(server, "ensemble", inputs(PROMPT, 24, False))
+    assert results[-1].as_numpy("num_output_tokens")[0][0] == 200
+    whole = PlainStream(server, "ensemble", inputs(PROMPT, 200, False))
     (only,) = list(whole)
     whole.close()
     assert only.as_numpy("text_output")[0].decode() == text
@@ -58,17 +58,17 @@ def test_direct_generator(server: TritonServer) -> None:
 
 
 def test_our_client(client: Client) -> None:
-    with client.stream(PROMPT, max_tokens=32, logprobs=True) as stream:
+    with client.stream(PROMPT, max_tokens=200, logprobs=True) as stream:
         chunks = list(stream)
     result = stream.result
     assert result.text == "".join(c.text for c in chunks) and len(chunks) > 4
     assert [c.index for c in chunks] == list(range(len(chunks)))
-    assert result.finish_reason == "length" and result.num_output_tokens == 32 == len(result.log_probs)
+    assert result.finish_reason == "length" and result.num_output_tokens == 200 == len(result.log_probs)
     assert result.cum_log_prob == pytest.approx(sum(result.log_probs), abs=1e-3)
     assert result.num_input_tokens > 3
     assert 0 < result.timings.prefill_s + result.timings.decode_s < result.timings.total_s
     assert 0 < result.timings.first_chunk_s < result.timings.total_s
-    assert client.complete(PROMPT, max_tokens=32).text == result.text
+    assert client.complete(PROMPT, max_tokens=200).text == result.text
     assert client.is_ready()
 
 
@@ -120,9 +120,9 @@ def test_the_prompt_is_echoed_byte_for_byte(client: Client, prompt: str) -> None
 
 
 def test_http(server: TritonServer) -> None:
-    whole = generate(server, text_input=PROMPT, max_tokens=16)
-    assert whole["num_output_tokens"] == 16 and whole["finish_reason"] == "length"
-    events = generate_stream(server, text_input=PROMPT, max_tokens=16)
+    whole = generate(server, text_input=PROMPT, max_tokens=200)
+    assert whole["num_output_tokens"] == 200 and whole["finish_reason"] == "length"
+    events = generate_stream(server, text_input=PROMPT, max_tokens=200)
     assert [e["chunk_index"] for e in events] == list(range(len(events))) and len(events) > 4
     assert "".join(e["text_output"] for e in events) == whole["text_output"]
 
