@@ -9,10 +9,10 @@
 // Every output is one sum in chunks of 16 columns in order: the relay hands on the float32 accumulators as they are, and the
 // width of an instruction (TOKENS) does not change what one of its columns is. So a row's result depends neither on the number of rows
 // nor on the tile shape.
-#include <cuda.h>
 
 #include "cuda/epilogue.cuh"
 #include "cuda/kernels.h"
+#include "cuda/tensor_map.h"
 #include "cuda/weights.cuh"
 
 namespace codefuse::cuda {
@@ -410,28 +410,6 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const uint8_t* __restrict__ 
 
 using Kernel = void (*)(const uint8_t*, const float*, CUtensorMap, int, int, int, int, PrefillScratch, Epilogue);
 
-CUtensorMap tensor_map(DType act, const void* x, int tokens, int K, int box_rows) {
-  using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {
-    void* f = nullptr;
-    cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found), "finding cuTensorMapEncodeTiled");
-#else
-    check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &f, cudaEnableDefault, &found), "finding cuTensorMapEncodeTiled");
-#endif
-    if (!f || found != cudaDriverEntryPointSuccess) throw DeviceError("the driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<Encode>(f);
-  }();
-  CUtensorMap map;
-  const cuuint64_t size[2] = {cuuint64_t(K), cuuint64_t(tokens)}, stride[1] = {cuuint64_t(K) * 2};
-  const cuuint32_t box[2] = {kChunkCols, cuuint32_t(box_rows)}, step[2] = {1, 1};
-  const CUresult r = encode(&map, act == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(x), size, stride, box, step,
-                            CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (r != CUDA_SUCCESS) throw DeviceError(cat("cuTensorMapEncodeTiled: error ", int(r)));
-  return map;
-}
-
 template <class W, int TOKENS, int CLUSTER>
 void run(const Stream& s, DType act, const void* x, const void* w, const float* row_scale, int tokens, int N, int K, const PrefillScratch& scratch, const Epilogue& e) {
   const Kernel kernel = gemm<W, TOKENS, CLUSTER>;
@@ -462,7 +440,7 @@ void run(const Stream& s, DType act, const void* x, const void* w, const float* 
   }
   c.gridDim = std::min(tiles, units) * CLUSTER;
   c.numAttrs = s.dependent ? 2 : 1;
-  check(cudaLaunchKernelEx(&c, kernel, static_cast<const uint8_t*>(w), row_scale, tensor_map(act, x, tokens, K, TOKENS / CLUSTER), tokens, N, int(steps_of(K)), tiles, scratch, e), "launch");
+  check(cudaLaunchKernelEx(&c, kernel, static_cast<const uint8_t*>(w), row_scale, rows_map(act, x, tokens, K, TOKENS / CLUSTER), tokens, N, int(steps_of(K)), tiles, scratch, e), "launch");
 }
 
 template <class W>
