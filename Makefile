@@ -77,7 +77,7 @@ $(STAMPS)/client: $(shell find client -type f -not -name '*.pyc') | $(STAMPS)/na
 	@touch $@
 
 # The stamp is a copy of the config.json written here: weights of another origin are left alone.
-$(STAMPS)/demo: $(wildcard $(DEMO)/* tools/convert.py tools/checkpoint.py tools/hf_models.py tools/weights_writer.py) \
+$(STAMPS)/demo: $(wildcard $(DEMO)/* tools/convert.py tools/checkpoint.py tools/hf_models.py tools/rounding.py tools/weights_writer.py) \
     $(if $(wildcard $(WEIGHTS)/config.json),,always) | $(STAMPS)/native-$(BUILD)
 	@if [ -e $(WEIGHTS)/config.json ] && ! cmp -s $(WEIGHTS)/config.json $@; then \
 	  echo "== keeping the weights in $(WEIGHTS)"; \

@@ -36,7 +36,7 @@ const uint8_t* data_of(const char* name, const py::array& a, char kind, py::ssiz
 
 Format quantized(const std::string& id) {
   const Format f = parse_format(id);
-  if (!is_quantized(f)) throw ValueError(cat("format is '", id, "'; expected q8_row or q4_g128"));
+  if (!is_quantized(f)) throw ValueError(cat("format is '", id, "'; expected ", quantized_formats()));
   return f;
 }
 
@@ -51,8 +51,8 @@ void check_columns(Format f, int64_t k) {
 
 // Scales and zeros of n rows of k columns; refuses those that mean nothing.
 void set_scales(HostMatrix& m, const py::array& scale, const std::optional<py::array>& zero) {
-  const bool q4 = m.format == Format::q4_g128;
-  const py::ssize_t n = m.rows, groups = m.cols / kGroupCols;
+  const bool q4 = group_cols(m.format) > 0;
+  const py::ssize_t n = m.rows, groups = q4 ? m.cols / group_cols(m.format) : 0;
   const py::ssize_t count = q4 ? n * groups : n;
   m.scale = {q4 ? data_of("scale", scale, 'f', 2, {n, groups}) : data_of("scale", scale, 'f', 4, {n}), scale_bytes(m.format, m.cols)};
   for (py::ssize_t i = 0; i < count; ++i) {
@@ -64,7 +64,7 @@ void set_scales(HostMatrix& m, const py::array& scale, const std::optional<py::a
       std::memcpy(&s, m.scale.data + 4 * i, 4);
     if (!(s >= 0) || !std::isfinite(s)) throw ValueError(cat("scale holds ", s, "; expected finite numbers, 0 or more"));
   }
-  if (q4 != zero.has_value()) throw ValueError(q4 ? "zero is missing; q4_g128 has one per group" : "zero: q8_row has none");
+  if (q4 != zero.has_value()) throw ValueError(cat("zero", q4 ? " is missing; " : ": ", name_of(m.format), " has ", q4 ? "one per group" : "none"));
   if (!q4) return;
   m.zero = {data_of("zero", *zero, 'u', 1, {n, groups}), zero_bytes(m.format, m.cols)};
   const int greatest = count ? *std::max_element(m.zero.data, m.zero.data + count) : 0;
@@ -97,6 +97,14 @@ py::array unpack(const std::string& format, const Parts& parts) {
   py::array codes(py::dtype(m.format == Format::q8_row ? "int8" : "uint8"), Shape{py::ssize_t(m.rows), py::ssize_t(m.cols)});
   auto* to = static_cast<uint8_t*>(codes.mutable_data());
   for (int64_t r = 0; r < m.rows; ++r) unpack_row(m.format, m.data + size_t(r) * m.stride, m.cols, to + r * m.cols);
+  return codes;
+}
+
+py::array unpack_words_of(const py::array& words, bool interleaved) {
+  const Shape shape = two("words", words);
+  const uint8_t* from = data_of("words", words, 'i', 4, shape);
+  py::array codes(py::dtype("uint8"), Shape{shape[0], 8 * shape[1]});
+  unpack_words(reinterpret_cast<const uint32_t*>(from), int64_t(shape[0]) * shape[1], interleaved, static_cast<uint8_t*>(codes.mutable_data()));
   return codes;
 }
 
@@ -139,8 +147,10 @@ HostMatrix host_matrix(const std::string& format, const py::object& weight) {
 
 void bind_formats(py::module_& m) {
   m.def("pack", &pack, py::arg("format"), py::arg("codes"), py::arg("scale"), py::arg("zero") = py::none(),
-        "The tensors of a quantized matrix, as they are stored: weight, scale and for q4_g128 zero. codes [N, K]: int8 -127..127 with float32 "
-        "scale [N] (q8_row), uint8 0..15 with float16 scale and uint8 zero [N, K / 128] (q4_g128).");
+        "The tensors of a quantized matrix, as they are stored: weight, scale and in 4 bits zero. codes [N, K]: int8 -127..127 with float32 "
+        "scale [N] (q8_row), uint8 0..15 with float16 scale and uint8 zero [N, K / 128] (q4_g128) or [N, K / 64] (q4_g64).");
   m.def("unpack", &unpack, py::arg("format"), py::arg("parts"), "The codes that pack took.");
+  m.def("unpack_words", &unpack_words_of, py::arg("words"), py::arg("interleaved"),
+        "The 4-bit codes in int32 words [R, C] of a GPTQ or (interleaved) AWQ checkpoint: uint8 [R, 8 C].");
   m.def("decode", &decode, py::arg("format"), py::arg("weight"), "The values as float32; weight as pack returns it, or an array of plain elements.");
 }

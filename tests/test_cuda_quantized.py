@@ -8,12 +8,13 @@ import test_cuda
 from codefuse_triton import _native
 from codefuse_triton._native import LoadError, testing
 from test_cuda import DTYPES, EPS, Both, close, greedy, rows_batch
-from test_quantize import FORMATS, QUIET, SIZES, pack, tool
+from test_quantize import QUIET, SIZES, pack, tool
 
 from helpers import make_batch, make_neox, pages_of, runner
 
 pytestmark = test_cuda.pytestmark
 
+FORMATS = ("q8_row", "q4_g128")  # that have CUDA kernels
 SHAPES = [("q8_row", 1, 1), ("q8_row", 3, 8), ("q8_row", 111, 111), ("q8_row", 257, 192), ("q8_row", 300, 1000), ("q8_row", 1536, 640),
           ("q8_row", 96, 5120), ("q4_g128", 1, 128), ("q4_g128", 111, 384), ("q4_g128", 300, 640), ("q4_g128", 1536, 1024), ("q4_g128", 96, 5120)]
 
@@ -146,3 +147,9 @@ def test_linear_pairs(both, format, na, ka, nb, kb, decode, prefill):
         np.testing.assert_array_equal(both.cuda.linear_add_pair(rows_batch(1, 0), y[-1:], xa[-1:], wa, xb[-1:], wc, format), total[-1:])
         for got, want in zip(both.cuda.linear_pair(rows_batch(1, 0), xa[-1:], wa, xb[-1:], wb, format), pair):
             np.testing.assert_array_equal(got, want[-1:])
+
+
+def test_a_format_without_kernels_is_refused(both):
+    parts = pack("q4_g64", np.ones((4, 64), np.float32))
+    with pytest.raises(LoadError, match="cuda:0: format q4_g64 has no CUDA kernels yet; use q4_g128 or q8_row, or device cpu"):
+        both.cuda.read_matrix(parts, "q4_g64")

@@ -23,10 +23,10 @@ import heldout  # noqa: E402
 import quantize as tool  # noqa: E402
 import spm  # noqa: E402
 from checkpoint import CheckpointError, read_safetensors  # noqa: E402
+from rounding import FORMATS, GROUPS, round_to_nearest  # noqa: E402
 from helpers import Pages, make_batch, make_neox, pages_of, prompt_logits, runner  # noqa: E402
 
-FORMATS = ("q8_row", "q4_g128")
-SIZES = dict(hidden_size=256, num_attention_heads=4, intermediate_size=512)  # columns that q4_g128 can have
+SIZES = dict(hidden_size=256, num_attention_heads=4, intermediate_size=512)  # columns that every format can have
 QUIET = dict(tokenizer=False, progress=contextlib.nullcontext(lambda n: None))
 
 
@@ -44,13 +44,13 @@ def weights(n: int, k: int, seed: int = 0) -> np.ndarray:
 
 
 def pack(format: str, w: np.ndarray) -> dict[str, np.ndarray]:
-    return _native.pack(format, *tool.ROUND[format](w))
+    return _native.pack(format, *round_to_nearest(format, w))
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_codes_are_the_nearest(format):
     w = weights(77, 384)
-    choices = tool.ROUND[format](w)
+    choices = round_to_nearest(format, w)
     parts = pack(format, w)
     decoded = _native.decode(format, parts)
     step = np.broadcast_to(choices[1].astype(np.float32).reshape(77, -1, 1), (77, choices[1].size // 77, 384 * 77 // choices[1].size)).reshape(77, 384)
@@ -61,7 +61,7 @@ def test_codes_are_the_nearest(format):
         used = peak > 0
         np.testing.assert_allclose(choices[1][used] * 127, peak[used], rtol=1e-6)
     else:
-        g = w.reshape(77, 3, 128)
+        g = w.reshape(77, -1, GROUPS[format])
         span = np.maximum(g.max(axis=2), 0) - np.minimum(g.min(axis=2), 0)
         assert (choices[1].astype(np.float32) * 15 <= span * 1.001 + 15 * 6e-8)[span > 0].all()
     assert (decoded[4::7] == 0).all()
@@ -76,8 +76,9 @@ def test_what_is_packed_comes_back(format):
             values = codes * scale[:, None]
         else:
             codes = rng.integers(0, 16, (n, k)).astype(np.uint8)
-            scale, zero = rng.random((n, k // 128)).astype(np.float16), rng.integers(0, 16, (n, k // 128)).astype(np.uint8)
-            values = ((codes.reshape(n, -1, 128).astype(np.float32) - zero[:, :, None]) * scale.astype(np.float32)[:, :, None]).reshape(n, k)
+            group = GROUPS[format]
+            scale, zero = rng.random((n, k // group)).astype(np.float16), rng.integers(0, 16, (n, k // group)).astype(np.uint8)
+            values = ((codes.reshape(n, -1, group).astype(np.float32) - zero[:, :, None]) * scale.astype(np.float32)[:, :, None]).reshape(n, k)
         parts = _native.pack(format, codes, scale, zero)
         np.testing.assert_array_equal(_native.unpack(format, parts), codes)
         np.testing.assert_array_equal(_native.decode(format, parts), values)
@@ -104,10 +105,20 @@ def test_bad_codes_scales_and_shapes_are_refused():
         _native.pack("q4_g128", codes, scale)
     with pytest.raises(ValueError, match="has 96 columns; expected a multiple of 128 in q4_g128"):
         _native.pack("q4_g128", codes[:, :96].copy(), scale, zero)
-    with pytest.raises(ValueError, match="format is 'f16'; expected q8_row or q4_g128"):
+    with pytest.raises(ValueError, match="format is 'f16'; expected q8_row, q4_g128 or q4_g64"):
         _native.pack("f16", codes, scale)
-    with pytest.raises(ValueError, match="format is 'q5'; expected one of f32, f16, bf16, q8_row, q4_g128"):
+    with pytest.raises(ValueError, match="format is 'q5'; expected one of f32, f16, bf16, q8_row, q4_g128, q4_g64"):
         _native.pack("q5", codes, scale)
+
+
+def test_words_of_other_tools():
+    codes = np.random.default_rng(0).integers(0, 16, (5, 24)).astype(np.uint8)
+    for interleaved, order in ((False, range(8)), (True, (0, 2, 4, 6, 1, 3, 5, 7))):
+        digits = codes.reshape(5, 3, 8)[:, :, list(order)].astype(np.uint32)
+        words = (digits << np.arange(0, 32, 4, dtype=np.uint32)).sum(2, dtype=np.uint32).view(np.int32)
+        np.testing.assert_array_equal(_native.unpack_words(words, interleaved), codes)
+    with pytest.raises(ValueError, match="words: expected a contiguous array .* of int32, found .* of int64"):
+        _native.unpack_words(words.astype(np.int64), False)
 
 
 # ---- products on the CPU ---------------------------------------------------------------------------------------------------------
@@ -130,7 +141,8 @@ def ops(request):
 
 
 @pytest.mark.parametrize("format,n,k", [("q8_row", 1, 1), ("q8_row", 7, 5), ("q8_row", 111, 111), ("q8_row", 300, 256), ("q4_g128", 1, 128),
-                                        ("q4_g128", 111, 384), ("q4_g128", 300, 1024)])
+                                        ("q4_g128", 111, 384), ("q4_g128", 300, 1024), ("q4_g64", 1, 64),
+                                        ("q4_g64", 111, 192), ("q4_g64", 300, 1024)])
 def test_linear(ops, format, n, k):
     rng = np.random.default_rng(n)
     parts = pack(format, (rng.standard_normal((n, k)) / np.sqrt(k)).astype(np.float32))
@@ -188,8 +200,8 @@ def test_model_is_that_of_its_decoded_weights(tmp_path, format):
     a = runner(tmp_path / "q")
     want, got = prompt_logits(runner(twin), tokens), prompt_logits(a, tokens)
     assert np.abs(want - got).max() <= 1e-4 * np.abs(want).max()
-    assert a.weight_bytes < runner(twin).weight_bytes * (0.29 if format == "q8_row" else 0.18)
-    for world in (2, 4) if format == "q8_row" else (2,):
+    assert a.weight_bytes < runner(twin).weight_bytes * {"q8_row": 0.29, "q4_g128": 0.18, "q4_g64": 0.19}[format]
+    for world in (2,) if format == "q4_g128" else (2, 4):
         shared = prompt_logits(runner(tmp_path / "q", tensor_parallel=world), tokens)
         assert np.abs(want - shared).max() <= 1e-4 * np.abs(want).max()
     if format == "q4_g128":
@@ -214,7 +226,7 @@ def test_refusals(tmp_path):
     _, native = make_neox(tmp_path)  # 96 columns
     with pytest.raises(CheckpointError, match="tensor layers.0.qkv.weight has 96 columns; expected a multiple of 128 in q4_g128"):
         tool.quantize(native, tmp_path / "q", "q4_g128", **QUIET)
-    with pytest.raises(CheckpointError, match="format is 'q3'; expected q8_row or q4_g128"):
+    with pytest.raises(CheckpointError, match="format is 'q3'; expected q8_row, q4_g128 or q4_g64"):
         tool.quantize(native, tmp_path / "q", "q3", **QUIET)
     with pytest.raises(CheckpointError, match="is the source"):
         tool.quantize(native, native, "q8_row", **QUIET)
@@ -236,9 +248,10 @@ def test_refusals(tmp_path):
 
 @pytest.mark.parametrize("change,message", [
     ({"layers.0.qkv.scale": None}, r"tensor layers.0.qkv.scale is missing; expected shape \[768, 2\]"),
-    ({"layers.0.qkv.weight.format": "q4_g64"}, "tensor layers.0.qkv.weight format is 'q4_g64'; expected one of"),
+    ({"layers.0.qkv.weight.format": "q4_g32"}, "tensor layers.0.qkv.weight format is 'q4_g32'; expected one of"),
+    ({"layers.0.qkv.weight.format": "q4_g64"}, r"tensor layers.0.qkv.scale has shape \[768, 2\]; expected \[768, 4\]"),
     ({"layers.0.qkv.weight.format": "q8_row"}, r"tensor layers.0.qkv.weight has shape \[768, 128\]; expected \[768, 256\]"),
-    ({"layers.0.qkv.weight.format": "f16"}, "format f16 in the metadata; expected q8_row or q4_g128"),
+    ({"layers.0.qkv.weight.format": "f16"}, "format f16 in the metadata; expected q8_row, q4_g128 or q4_g64"),
     ({"layers.0.qkv.weight.format": None}, r"tensor layers.0.qkv.weight has shape \[768, 128\]; expected \[768, 256\]"),
     ({"embed.weight.format": "q8_row"}, None),
 ])
@@ -274,7 +287,7 @@ def test_random_weights(tmp_path, format):
     h, f, layers, vocab = config["hidden"], config["intermediate"], config["layers"], config["vocab"]
     matrices = layers * (4 * h * h + 2 * h * f) + vocab * h
     rows = layers * (5 * h + f) + vocab
-    want = matrices + 4 * rows if format == "q8_row" else matrices // 2 + matrices // 128 * 3
+    want = matrices + 4 * rows if format == "q8_row" else matrices // 2 + matrices // GROUPS[format] * 3
     assert want <= r.weight_bytes <= want + 4 * layers * (4 * h + 5 * h + f) + 8 * h
     with pytest.raises(CheckpointError, match="made at load"):
         convert.write_random("gptneox-tiny", tmp_path / "x", format, 0, on_disk=True)
@@ -301,7 +314,7 @@ def test_demo_model(tmp_path, record_property):
                 nats -= float((chosen - top - np.log(np.exp(logits - top[:, None]).sum(1))).sum())
                 choices.append(logits.argmax(1))
         scores[format] = math.exp(nats / sum(len(t) - 1 for t in texts)), np.concatenate(choices)
-    for format, loss, agreement in (("q8_row", 0.005, 0.985), ("q4_g128", 0.12, 0.80)):
+    for format, loss, agreement in (("q8_row", 0.005, 0.985), ("q4_g128", 0.12, 0.80), ("q4_g64", 0.10, 0.82)):
         ratio, same = scores[format][0] / scores["f16"][0], float((scores[format][1] == scores["f16"][1]).mean())
         record_property(format, f"perplexity x {ratio:.4f}, greedy agreement {same:.4f}")
         print(f"{format}: perplexity x {ratio:.4f}, greedy agreement {same:.4f}")

@@ -19,10 +19,10 @@ import numpy as np
 
 from checkpoint import BF16, CheckpointError, TensorInfo, open_checkpoint, read_json
 from hf_models import PRESETS, Plan, Source, plan_for
+from rounding import FORMATS
 from weights_writer import Planned, check_target, write_weights
 
 DTYPES = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "bf16": BF16}
-QUANTIZED = ("q8_row", "q4_g128")  # formats of the matrices; tools/quantize.py makes them from a checkpoint
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -93,9 +93,9 @@ def convert(source: Path, target: Path, dtype: str = "auto", ignore: set[str] = 
 
 def write_random(preset: str, target: Path, format: str, seed: int, on_disk: bool) -> None:
     """A preset's config with random weights: made by the loader (nothing but config.json on disk) or written out."""
-    if format not in ("auto", *DTYPES, *QUANTIZED):
-        raise CheckpointError(f"format is {format!r}; expected auto, {', '.join((*DTYPES, *QUANTIZED))}")
-    if on_disk and format in QUANTIZED:
+    if format not in ("auto", *DTYPES, *FORMATS):
+        raise CheckpointError(f"format is {format!r}; expected auto, {', '.join((*DTYPES, *FORMATS))}")
+    if on_disk and format in FORMATS:
         raise CheckpointError(f"random weights in {format} are made at load; to have them on disk, write f16 and quantize them with tools/quantize.py")
     check_target(target)
     hf = PRESETS[preset]
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--ignore-field", action="append", default=[], metavar="NAME", help="a config.json field that does not matter")
     p.add_argument("--no-tokenizer", action="store_true", help="convert without tokenizer files (the engine then takes token ids only)")
     p.add_argument("--random", choices=list(PRESETS), help="random weights of this shape instead of a checkpoint")
-    p.add_argument("--format", choices=["auto", *DTYPES, *QUANTIZED], help="with --random: format of its matrices (auto: --dtype, else f16)")
+    p.add_argument("--format", choices=["auto", *DTYPES, *FORMATS], help="with --random: format of its matrices (auto: --dtype, else f16)")
     p.add_argument("--write", action="store_true", help="with --random: write the weights to disk instead of making them at load")
     p.add_argument("--seed", type=int, default=0, help="with --random")
     a = p.parse_args(argv)

@@ -4,8 +4,8 @@
     python tools/quantize.py CHECKPOINT_DIR model_repository/generator/1 --format q8_row
     python tools/quantize.py model_repository/generator/1 /data/my-model-q4 --format q4_g128 --lm-head q8_row
 
-Formats (native/formats/format.h): q8_row has 8-bit codes and a scale per row; q4_g128 4-bit codes and a scale and a zero per 128
-columns. The embedding, norms and biases are kept. Memory use is about two matrices; a run that fails or is killed leaves an
+Formats (native/formats/format.h): q8_row has 8-bit codes and a scale per row; q4_g128 and q4_g64 4-bit codes and a scale and a zero per
+128 or 64 columns. The embedding, norms and biases are kept. Memory use is about two matrices; a run that fails or is killed leaves an
 earlier result as it was. This tool chooses scales and codes; the native module packs them.
 """
 
@@ -14,55 +14,19 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 from codefuse_triton import _native
 
 from checkpoint import CheckpointError, TensorInfo, open_checkpoint, read_json, read_safetensors
-from convert import DTYPES, QUANTIZED, TOKENIZER_FILES, checked, plan_tensors, progress_bar, token_ids
+from convert import DTYPES, TOKENIZER_FILES, checked, plan_tensors, progress_bar, token_ids
 from hf_models import plan_for
+from rounding import ANY_FORMAT, FORMATS, GROUPS, check_format, round_to_nearest
 from weights_writer import Planned, check_target, write_weights
 
-GROUP = 128  # columns of q4_g128 that share a scale and a zero
 BLOCK = 16 << 20  # elements rounded at a time
 _TABLES = ("embed.weight", "position.weight")  # looked up by row, never quantized
-
-
-def round_q8_row(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [n, k] -> (int8 codes [n, k], float32 scale [n]) with |w - code * scale| <= scale / 2."""
-    peak = np.abs(w).max(axis=1, initial=0.0)
-    scale = np.where(peak > 0, peak / np.float32(127), np.float32(1)).astype(np.float32)
-    scale = np.maximum(scale, np.finfo(np.float32).tiny)
-    return np.clip(np.rint(w / scale[:, None]), -127, 127).astype(np.int8), scale
-
-
-def round_q4_g128(w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """float32 [n, k] -> (uint8 codes 0..15 [n, k], float16 scale, uint8 zero 0..15 [n, k / 128]) with
-    |w - (code - zero) * scale| <= scale / 2: a group's range, widened to hold 0, becomes 15 steps."""
-    g = w.reshape(w.shape[0], -1, GROUP)
-    low, high = np.minimum(g.min(axis=2), 0), np.maximum(g.max(axis=2), 0)
-    exact = (high - low) / np.float32(15)
-    if (peak := float(exact.max(initial=0.0))) > 65504:
-        raise CheckpointError(f"a group spans {15 * peak:g}; a float16 scale reaches {15 * 65504}")
-    scale = exact.astype(np.float16)
-    scale = np.where(scale.astype(np.float32) < exact, np.nextafter(scale, np.float16(np.inf)), scale)  # never too small for the range
-    scale = np.where(exact > 0, scale, np.float16(1))
-    step = scale.astype(np.float32)
-    zero = np.clip(np.rint(-low / step), 0, 15)
-    codes = np.clip(np.rint(g / step[:, :, None]) + zero[:, :, None], 0, 15)
-    return codes.astype(np.uint8).reshape(w.shape), scale, zero.astype(np.uint8)
-
-
-ROUND: dict[str, Callable[[np.ndarray], tuple[np.ndarray, ...]]] = {"q8_row": round_q8_row, "q4_g128": round_q4_g128}
-
-
-def check_format(name: str, format: str, shape: tuple[int, ...]) -> None:
-    """ValueError if a matrix of that shape cannot have that format."""
-    if format not in ROUND:
-        raise CheckpointError(f"format is {format!r}; expected {' or '.join(ROUND)}")
-    if format == "q4_g128" and shape[1] % GROUP:
-        raise CheckpointError(f"tensor {name} has {shape[1]} columns; expected a multiple of {GROUP} in q4_g128")
 
 
 def quantized(t: Planned, format: str) -> list[Planned]:
@@ -79,7 +43,7 @@ def quantized(t: Planned, format: str) -> list[Planned]:
         for begin in range(0, rows, step):
             w = checked(t.name, whole[begin:begin + step], DTYPES["f32"])
             try:
-                blocks.append(_native.pack(format, *ROUND[format](np.ascontiguousarray(w))))
+                blocks.append(_native.pack(format, *round_to_nearest(format, np.ascontiguousarray(w))))
             except ValueError as e:
                 raise CheckpointError(f"tensor {t.name}: {e}") from None
         parts.update({key: np.concatenate([b[key] for b in blocks]) for key in blocks[0]})
@@ -88,7 +52,7 @@ def quantized(t: Planned, format: str) -> list[Planned]:
     if format == "q8_row":
         return [Planned(t.name, t.shape, np.dtype("i1"), weight, format),
                 Planned(f"{base}.scale", (rows,), np.dtype("<f4"), lambda: parts.pop("scale"))]
-    groups = columns // GROUP
+    groups = columns // GROUPS[format]
     return [Planned(t.name, (rows, columns // 2), np.dtype("u1"), weight, format),
             Planned(f"{base}.scale", (rows, groups), np.dtype("<f2"), lambda: parts.pop("scale")),
             Planned(f"{base}.zero", (rows, groups), np.dtype("u1"), lambda: parts.pop("zero"))]
@@ -125,10 +89,10 @@ def quantize(source: Path, target: Path, format: str, lm_head: str = "", dtype: 
              progress=None) -> dict[str, Any]:
     """Quantizes `source` into `target`; returns the written config. lm_head: a format, "keep", or "" (q8_row, kept where it is
     the embedding). dtype: of what is kept. CheckpointError names what is wrong."""
-    if format not in ROUND:
-        raise CheckpointError(f"format is {format!r}; expected {' or '.join(ROUND)}")
-    if lm_head not in ("", "keep", *ROUND):
-        raise CheckpointError(f"lm_head is {lm_head!r}; expected keep, {' or '.join(ROUND)}")
+    if format not in FORMATS:
+        raise CheckpointError(f"format is {format!r}; expected {ANY_FORMAT}")
+    if lm_head not in ("", "keep", *FORMATS):
+        raise CheckpointError(f"lm_head is {lm_head!r}; expected keep, {ANY_FORMAT}")
     check_target(target)
     if target.resolve() == source.resolve():
         raise CheckpointError(f"target {target} is the source; name another directory")
@@ -153,8 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("source", type=Path, help="weights directory (of tools/convert.py) or Hugging Face checkpoint directory")
     p.add_argument("target", type=Path, help="weights directory to write")
-    p.add_argument("--format", required=True, choices=QUANTIZED, help="of every matrix but the embedding and the LM head")
-    p.add_argument("--lm-head", default="", choices=["keep", *QUANTIZED], metavar="FORMAT", help="q8_row (default), q4_g128 or keep")
+    p.add_argument("--format", required=True, choices=FORMATS, help="of every matrix but the embedding and the LM head")
+    p.add_argument("--lm-head", default="", choices=["keep", *FORMATS], metavar="FORMAT", help="q8_row (default), q4_g128, q4_g64 or keep")
     p.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="of what is kept (embedding, norms, biases); auto keeps each tensor's own")
     p.add_argument("--ignore-field", action="append", default=[], metavar="NAME", help="a config.json field that does not matter")
     p.add_argument("--no-tokenizer", action="store_true", help="without tokenizer files")

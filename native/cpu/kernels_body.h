@@ -138,7 +138,8 @@ void matmul(const MatmulArgs& a, int64_t begin, int64_t end) {
     case Format::f16: matmul_rows<F16>(a, begin, end); break;
     case Format::bf16: matmul_rows<BF16>(a, begin, end); break;
     case Format::q8_row: matmul_rows<I8>(a, begin, end); break;
-    case Format::q4_g128: matmul4(a, begin, end); break;
+    case Format::q4_g128: matmul4<128>(a, begin, end); break;
+    case Format::q4_g64: matmul4<64>(a, begin, end); break;
   }
   if (a.act)
     for (int64_t t = 0; t < a.tokens; ++t) activate(a.y + t * a.w.rows + begin, end - begin, *a.act);

@@ -1,10 +1,10 @@
-// Matrix products with q4_g128 weights, decoded in registers to the values that decode_row() gives. Part of kernels_body.h.
+// Matrix products with 4-bit weights in groups of Group columns, decoded in registers to the values that decode_row() gives. Part of kernels_body.h.
 
 // As tile() there: outputs [n, n + R) of tokens [t, t + M), one vector accumulator each, in the same order for every R and M.
-template <int R, int M>
+template <int Group, int R, int M>
 inline void finish_tile4(const MatmulArgs& a, int64_t n, int64_t t) {
-  constexpr int kHalf = kGroupCols / 2;
-  const int64_t k = a.w.cols, groups = k / kGroupCols;
+  constexpr int kHalf = Group / 2;
+  const int64_t k = a.w.cols, groups = k / Group;
   const float* x = a.x + t * k;
   const uint8_t* row[R];
   V acc[R][M];
@@ -12,7 +12,7 @@ inline void finish_tile4(const MatmulArgs& a, int64_t n, int64_t t) {
     row[r] = a.w.data + size_t(n + r) * a.w.stride;
     for (int m = 0; m < M; ++m) acc[r][m] = S::zero();
   }
-  for (int64_t g = 0; g < groups; ++g, x += kGroupCols) {
+  for (int64_t g = 0; g < groups; ++g, x += Group) {
     V scale[R], zero[R];
     for (int r = 0; r < R; ++r) {
       uint16_t h[S::width] = {};
@@ -43,19 +43,20 @@ inline void finish_tile4(const MatmulArgs& a, int64_t n, int64_t t) {
     }
 }
 
-template <int M>
+template <int Group, int M>
 inline void tokens4(const MatmulArgs& a, int64_t begin, int64_t end, int64_t t) {
   int64_t n = begin;
-  for (; n + S::rows <= end; n += S::rows) finish_tile4<S::rows, M>(a, n, t);
-  for (; n < end; ++n) finish_tile4<1, M>(a, n, t);
+  for (; n + S::rows <= end; n += S::rows) finish_tile4<Group, S::rows, M>(a, n, t);
+  for (; n < end; ++n) finish_tile4<Group, 1, M>(a, n, t);
 }
 
+template <int Group>
 void matmul4(const MatmulArgs& a, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; n += kBlockRows) {  // a block of weights stays in the cache for all tokens
     const int64_t stop = n + kBlockRows < end ? n + kBlockRows : end;
     int64_t t = 0;
-    for (; t + S::tokens <= a.tokens; t += S::tokens) tokens4<S::tokens>(a, n, stop, t);
-    for (; t + 2 <= a.tokens; t += 2) tokens4<2>(a, n, stop, t);
-    for (; t < a.tokens; ++t) tokens4<1>(a, n, stop, t);
+    for (; t + S::tokens <= a.tokens; t += S::tokens) tokens4<Group, S::tokens>(a, n, stop, t);
+    for (; t + 2 <= a.tokens; t += 2) tokens4<Group, 2>(a, n, stop, t);
+    for (; t < a.tokens; ++t) tokens4<Group, 1>(a, n, stop, t);
   }
 }

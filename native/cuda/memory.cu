@@ -101,6 +101,7 @@ void CudaOps::drop_bounces() {
 
 Matrix CudaOps::load_matrix(const HostMatrix& m) {
   use();
+  if (m.format == Format::q4_g64) throw LoadError(cat(device(), ": format q4_g64 has no CUDA kernels yet; use q4_g128 or q8_row, or device cpu"));
   Matrix out;
   out.host = m;
   out.host.data = out.host.scale.data = out.host.zero.data = nullptr;

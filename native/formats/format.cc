@@ -1,10 +1,11 @@
 #include "formats/format.h"
 
+#include <iterator>
+
 namespace codefuse {
 
 namespace {
-constexpr Format kAll[] = {Format::f32, Format::f16, Format::bf16, Format::q8_row, Format::q4_g128};
-constexpr int64_t kHalf = kGroupCols / 2;
+constexpr Format kAll[] = {Format::f32, Format::f16, Format::bf16, Format::q8_row, Format::q4_g128, Format::q4_g64};
 }  // namespace
 
 const char* name_of(Format f) {
@@ -14,6 +15,7 @@ const char* name_of(Format f) {
     case Format::bf16: return "bf16";
     case Format::q8_row: return "q8_row";
     case Format::q4_g128: return "q4_g128";
+    case Format::q4_g64: return "q4_g64";
   }
   return "";
 }
@@ -25,6 +27,13 @@ Format parse_format(const std::string& id) {
     known += cat(known.empty() ? "" : ", ", name_of(f));
   }
   throw ValueError(cat("format is '", id, "'; expected one of ", known));
+}
+
+std::string quantized_formats() {
+  std::string all;
+  for (Format f : kAll)
+    if (is_quantized(f)) all += cat(all.empty() ? "" : f == *std::rbegin(kAll) ? " or " : ", ", name_of(f));
+  return all;
 }
 
 HostMatrix HostMatrix::row_slice(int64_t begin, int64_t count) const {
@@ -42,7 +51,7 @@ HostMatrix HostMatrix::col_slice(int64_t begin, int64_t count) const {
     throw ValueError(cat("columns ", begin, " to ", begin + count, " of a matrix in ", name_of(format), "; expected multiples of ", unit));
   HostMatrix m = *this;
   m.data += row_bytes(format, begin);
-  if (format == Format::q4_g128) {
+  if (group_cols(format)) {
     m.scale.data += scale_bytes(format, begin);
     m.zero.data += zero_bytes(format, begin);
   }
@@ -69,17 +78,20 @@ void decode_row(const HostMatrix& m, int64_t r, float* out) {
       break;
     }
     case Format::q4_g128:
-      for (int64_t g = 0; g < m.cols / kGroupCols; ++g, row += kHalf, out += kGroupCols) {
+    case Format::q4_g64: {
+      const int64_t group = group_cols(m.format), half = group / 2;
+      for (int64_t g = 0; g < m.cols / group; ++g, row += half, out += group) {
         uint16_t h;
         std::memcpy(&h, m.scale.row(r) + 2 * g, 2);
         const float scale = f16_to_f32(h);
         const int zero = m.zero.row(r)[g];
-        for (int64_t i = 0; i < kHalf; ++i) {
+        for (int64_t i = 0; i < half; ++i) {
           out[i] = float((row[i] & 15) - zero) * scale;
-          out[i + kHalf] = float((row[i] >> 4) - zero) * scale;
+          out[i + half] = float((row[i] >> 4) - zero) * scale;
         }
       }
       break;
+    }
   }
 }
 
@@ -90,12 +102,13 @@ void pack_row(Format f, const uint8_t* codes, int64_t k, uint8_t* out) {
     std::memcpy(out, codes, size_t(k));
     return;
   }
-  if (f != Format::q4_g128) throw ValueError(cat("format is ", name_of(f), "; expected q8_row or q4_g128"));
-  if (k % kGroupCols) throw ValueError(cat("a row has ", k, " columns; expected a multiple of ", kGroupCols, " in q4_g128"));
+  const int64_t group = group_cols(f), half = group / 2;
+  if (!group) throw ValueError(cat("format is ", name_of(f), "; expected ", quantized_formats()));
+  if (k % group) throw ValueError(cat("a row has ", k, " columns; expected a multiple of ", group, " in ", name_of(f)));
   for (int64_t i = 0; i < k; ++i)
-    if (codes[i] > 15) throw ValueError(cat("a code of q4_g128 is ", int(codes[i]), "; expected 0 to 15"));
-  for (; k > 0; k -= kGroupCols, codes += kGroupCols)
-    for (int64_t i = 0; i < kHalf; ++i) *out++ = uint8_t(codes[i] | codes[i + kHalf] << 4);
+    if (codes[i] > 15) throw ValueError(cat("a code of ", name_of(f), " is ", int(codes[i]), "; expected 0 to 15"));
+  for (; k > 0; k -= group, codes += group)
+    for (int64_t i = 0; i < half; ++i) *out++ = uint8_t(codes[i] | codes[i + half] << 4);
 }
 
 void unpack_row(Format f, const uint8_t* packed, int64_t k, uint8_t* codes) {
@@ -103,12 +116,20 @@ void unpack_row(Format f, const uint8_t* packed, int64_t k, uint8_t* codes) {
     std::memcpy(codes, packed, size_t(k));
     return;
   }
-  if (f != Format::q4_g128 || k % kGroupCols) throw ValueError(cat("cannot unpack ", k, " columns of ", name_of(f)));
-  for (; k > 0; k -= kGroupCols, codes += kGroupCols)
-    for (int64_t i = 0; i < kHalf; ++i, ++packed) {
+  const int64_t group = group_cols(f), half = group / 2;
+  if (!group || k % group) throw ValueError(cat("cannot unpack ", k, " columns of ", name_of(f)));
+  for (; k > 0; k -= group, codes += group)
+    for (int64_t i = 0; i < half; ++i, ++packed) {
       codes[i] = *packed & 15;
-      codes[i + kHalf] = *packed >> 4;
+      codes[i + half] = *packed >> 4;
     }
+}
+
+void unpack_words(const uint32_t* words, int64_t n, bool interleaved, uint8_t* codes) {
+  constexpr int kPlain[8] = {0, 1, 2, 3, 4, 5, 6, 7}, kInterleaved[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+  const int* const place = interleaved ? kInterleaved : kPlain;
+  for (int64_t w = 0; w < n; ++w)
+    for (int i = 0; i < 8; ++i) codes[8 * w + place[i]] = uint8_t(words[w] >> 4 * i & 15);
 }
 
 }  // namespace codefuse

@@ -14,22 +14,25 @@
 
 namespace codefuse {
 
-enum class Format : uint8_t { f32, f16, bf16, q8_row, q4_g128 };
+enum class Format : uint8_t { f32, f16, bf16, q8_row, q4_g128, q4_g64 };
 
-constexpr int64_t kGroupCols = 128;  // columns that share a scale in q4_g128
+constexpr int64_t kGroupCols = 128;  // columns that share a scale and a zero in q4_g128
+// The same of any format: 0 where there are no groups.
+inline int64_t group_cols(Format f) { return f == Format::q4_g128 ? kGroupCols : f == Format::q4_g64 ? 64 : 0; }
 
 const char* name_of(Format f);
 Format parse_format(const std::string& id);  // ValueError lists the known ids
-inline bool is_quantized(Format f) { return f == Format::q8_row || f == Format::q4_g128; }
+std::string quantized_formats();             // "q8_row, q4_g128 or q4_g64", for messages
+inline bool is_quantized(Format f) { return f == Format::q8_row || group_cols(f); }
 // A row can be cut, and must end, at multiples of this many columns.
-inline int64_t column_unit(Format f) { return f == Format::q4_g128 ? kGroupCols : 1; }
+inline int64_t column_unit(Format f) { return group_cols(f) ? group_cols(f) : 1; }
 
 // Bytes of the elements or codes of one row of k columns, of its scales, and of its zeros.
 inline size_t row_bytes(Format f, int64_t k) {
-  return f == Format::f32 ? size_t(k) * 4 : f == Format::q8_row ? size_t(k) : f == Format::q4_g128 ? size_t(k) / 2 : size_t(k) * 2;
+  return f == Format::f32 ? size_t(k) * 4 : f == Format::q8_row ? size_t(k) : group_cols(f) ? size_t(k) / 2 : size_t(k) * 2;
 }
-inline size_t scale_bytes(Format f, int64_t k) { return f == Format::q8_row ? 4 : f == Format::q4_g128 ? size_t(k / kGroupCols) * 2 : 0; }
-inline size_t zero_bytes(Format f, int64_t k) { return f == Format::q4_g128 ? size_t(k / kGroupCols) : 0; }
+inline size_t scale_bytes(Format f, int64_t k) { return f == Format::q8_row ? 4 : group_cols(f) ? size_t(k / group_cols(f)) * 2 : 0; }
+inline size_t zero_bytes(Format f, int64_t k) { return group_cols(f) ? size_t(k / group_cols(f)) : 0; }
 
 // A part of a matrix in host memory: so many bytes a row, one row every `stride` bytes.
 struct HostRows {
@@ -59,5 +62,9 @@ void decode_row(const HostMatrix& m, int64_t r, float* out);
 // Codes as a quantizer chose them, one per byte (q8_row: int8) -> a row's row_bytes(), and back. ValueError for a code out of range.
 void pack_row(Format f, const uint8_t* codes /*[k]*/, int64_t k, uint8_t* out);
 void unpack_row(Format f, const uint8_t* packed, int64_t k, uint8_t* codes /*[k]*/);
+
+// Eight 4-bit codes a word, the lowest bits first, as GPTQ and AWQ checkpoints store them. interleaved (AWQ): a word holds the codes in the
+// order 0 2 4 6 1 3 5 7.
+void unpack_words(const uint32_t* words, int64_t n, bool interleaved, uint8_t* codes /*[8 n]*/);
 
 }  // namespace codefuse

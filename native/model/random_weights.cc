@@ -48,7 +48,7 @@ int code(float x, float scale, int low, int high) { return std::clamp(int(std::l
 // What the table holds for two normal values: one element, or (T of a byte) one code or a pair of 4-bit codes.
 uint32_t drawn(Format format, float x, float y) {
   if (format == Format::q8_row) return uint8_t(code(x, kScale8, -127, 127));
-  if (format == Format::q4_g128) return uint8_t(code(x, kScale4, -8, 7) + kZero4) | uint8_t(code(y, kScale4, -8, 7) + kZero4) << 4;
+  if (group_cols(format)) return uint8_t(code(x, kScale4, -8, 7) + kZero4) | uint8_t(code(y, kScale4, -8, 7) + kZero4) << 4;
   return encoded(format, x);
 }
 
@@ -245,6 +245,7 @@ std::unique_ptr<Weights> make_random_weights(const ModelConfig& config, const Ra
       add(n.name, element, n.shape, is_norm_weight(n.name) ? memory->ones.data() : memory->floats->take(bytes_of(n)));
       continue;
     }
+    const int64_t unit = column_unit(format);
     const std::string base = n.name.substr(0, n.name.rfind('.'));
     const uint8_t* codes = memory->codes->take(bytes_of(n));
     if (format == Format::q8_row) {
@@ -252,8 +253,8 @@ std::unique_ptr<Weights> make_random_weights(const ModelConfig& config, const Ra
       add(base + ".scale", Element::f32, {n.shape[0]}, memory->scales.data());
     } else {
       add(n.name, Element::u8, {n.shape[0], n.shape[1] / 2}, codes, format);
-      add(base + ".scale", Element::f16, {n.shape[0], n.shape[1] / kGroupCols}, memory->scales.data());
-      add(base + ".zero", Element::u8, {n.shape[0], n.shape[1] / kGroupCols}, memory->zeros.data());
+      add(base + ".scale", Element::f16, {n.shape[0], n.shape[1] / unit}, memory->scales.data());
+      add(base + ".zero", Element::u8, {n.shape[0], n.shape[1] / unit}, memory->zeros.data());
     }
   }
   return std::make_unique<Weights>(directory, std::move(tensors), std::move(memory));

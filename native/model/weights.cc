@@ -94,7 +94,7 @@ class Loader {
     } catch (const ValueError& e) {
       fail(weight, *t, e.what());
     }
-    if (!is_quantized(m.format)) fail(weight, *t, cat("has format ", t->format, " in the metadata; expected q8_row or q4_g128"));
+    if (!is_quantized(m.format)) fail(weight, *t, cat("has format ", t->format, " in the metadata; expected ", quantized_formats()));
     if (cols % column_unit(m.format)) fail(weight, *t, cat("has ", cols, " columns; expected a multiple of ", column_unit(m.format), " in ", t->format));
     m.rows = rows;
     m.cols = cols;
@@ -104,8 +104,8 @@ class Loader {
       m.scale = part(name + ".scale", {rows}, Element::f32);
     } else {
       codes = part(weight, {rows, cols / 2}, Element::u8);
-      m.scale = part(name + ".scale", {rows, cols / kGroupCols}, Element::f16);
-      m.zero = part(name + ".zero", {rows, cols / kGroupCols}, Element::u8);
+      m.scale = part(name + ".scale", {rows, cols / group_cols(m.format)}, Element::f16);
+      m.zero = part(name + ".zero", {rows, cols / group_cols(m.format)}, Element::u8);
       const uint8_t greatest = m.zero.data ? *std::max_element(m.zero.row(0), m.zero.row(rows)) : 0;
       if (greatest > 15) fail(name + ".zero", *t, cat("holds ", int(greatest), "; expected 0 to 15"));
     }
