@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <chrono>
+#include <cmath>
 #include <condition_variable>
 #include <deque>
 #include <map>
@@ -25,7 +26,8 @@ struct FakeOptions {
 };
 
 // Emulates a device: a thread runs steps in order, launch() returns at once. One KV "vector" is the (token, position, kind) that
-// was stored; the next token of a row is a hash of all tokens and kinds up to it, read back through the page table.
+// was stored; the next token of a row is a hash of all tokens and kinds up to it, read back through the page table, taken modulo the
+// number of tokens that masks allow and edits do not ban.
 class FakeRunner final : public Runner {
  public:
   FakeRunner(const Limits& limits, int vocab, const std::string& device, const FakeOptions& options)
@@ -113,6 +115,19 @@ class FakeRunner final : public Runner {
     int32_t token = -9, position = -9, kind = -9;
   };
 
+  std::vector<int32_t> allowed_tokens(const Batch& b, size_t sample) const {
+    std::vector<char> out(size_t(config_.vocab), 0);
+    if (!b.edits.empty())
+      for (int32_t e = b.edit_begin[sample]; e < b.edit_begin[sample + 1]; ++e) out[size_t(b.edits[size_t(e)].token)] = b.edits[size_t(e)].add == -INFINITY;
+    const int mask = b.mask_of.empty() ? -1 : b.mask_of[sample];
+    std::vector<int32_t> allowed;
+    for (int32_t t = 0; t < config_.vocab; ++t) {
+      const size_t word = size_t(std::max(mask, 0)) * size_t(mask_words(config_.vocab)) + size_t(t) / 32;
+      if (!out[size_t(t)] && (mask < 0 || (b.masks[word] >> (t % 32) & 1))) allowed.push_back(t);
+    }
+    return allowed;
+  }
+
   // Checks the batch, stores its rows, samples.
   Sampled step(const Batch& b) {
     check_batch(b, limits_, config_.vocab);
@@ -146,7 +161,8 @@ class FakeRunner final : public Runner {
       }
       hash ^= b.sample[i].seed * 0x9e3779b97f4a7c15ull;
       hash = (hash ^ (hash >> 31)) * 0xbf58476d1ce4e5b9ull;
-      const int32_t token = int32_t((hash >> 33) % uint64_t(config_.vocab));
+      const std::vector<int32_t> allowed = allowed_tokens(b, i);
+      const int32_t token = allowed[size_t(hash >> 33) % allowed.size()];
       last_[size_t(slot)] = token;
       out.token.push_back(token);
       out.logprob.push_back(-0.25f * float(token));
@@ -170,6 +186,23 @@ class FakeRunner final : public Runner {
   int64_t bubbles_ = 0;  // times the device had nothing to do
   bool end_ = false;
   std::thread thread_;
+};
+
+// Waits for the first `waiting` tokens. Token number i gets the edit (i, tokens known), and the mask of token `tokens known` while it waits.
+class ScriptedRule final : public LogitRules {
+ public:
+  ScriptedRule(int waiting, int vocab) : waiting_(waiting), vocab_(vocab) {}
+  bool waits(const std::vector<int32_t>& generated) override { return int(generated.size()) < waiting_; }
+  void prepare(const std::vector<int32_t>& generated, int index, LogitChanges* changes) override {
+    changes->edit(index, float(generated.size()));
+    if (index >= waiting_) return;
+    std::vector<uint32_t> mask(size_t(mask_words(vocab_)), 0);
+    mask[generated.size() / 32] |= 1u << (generated.size() % 32);
+    changes->allow_only(mask);
+  }
+
+ private:
+  const int waiting_, vocab_;
 };
 
 Limits limits_of(int slots, int rows, int max_len, int pages) {
@@ -201,7 +234,11 @@ void bind_testing_engine(py::module_& module) {
       .def(py::init([](int slots, int rows, int prefill_rows, int max_len, int pages) {
         return std::make_unique<Scheduler>(limits_of(slots, rows, max_len, pages), prefill_rows);
       }), py::kw_only(), py::arg("slots"), py::arg("rows"), py::arg("prefill_rows"), py::arg("max_len"), py::arg("pages"))
-      .def("add", [](Scheduler& s, int64_t uid, std::vector<int32_t> prompt, int max_tokens) { s.add(uid, std::move(prompt), max_tokens, {}); })
+      .def("add", [](Scheduler& s, int64_t uid, std::vector<int32_t> prompt, int max_tokens, int waiting) {
+        RuleList rules;
+        if (waiting >= 0) rules.push_back(std::make_unique<ScriptedRule>(waiting, 64));
+        s.add(uid, std::move(prompt), max_tokens, {}, std::move(rules));
+      }, py::arg("uid"), py::arg("prompt"), py::arg("max_tokens"), py::arg("waiting") = -1)
       .def("accept", &Scheduler::accept)
       .def("remove", &Scheduler::remove)
       .def("schedule", [](Scheduler& s) -> py::object {
@@ -217,6 +254,12 @@ void bind_testing_engine(py::module_& module) {
         d["position"] = b.position;
         d["chunks"] = chunks;
         d["logit_row"] = b.logit_row;
+        py::list edits;
+        for (const LogitEdit& e : b.edits) edits.append(py::make_tuple(e.token, e.add, e.penalty));
+        d["edit_begin"] = b.edit_begin;
+        d["edits"] = edits;
+        d["mask_of"] = b.mask_of;
+        d["masks"] = b.masks;
         d["table_slot"] = b.table_slot;
         d["table"] = b.table;
         d["sampled"] = step.sampled;

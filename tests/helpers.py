@@ -94,3 +94,33 @@ def prompt_logits(r: testing.Runner, tokens, chunk: int = 10**9, slot: int = 0, 
     for start in range(0, len(tokens), step):
         out.append(r.logits(make_batch(pages, prefill=[(slot, tokens[start:start + step], start)], logits="all")))
     return np.concatenate(out)
+
+
+def words_of(tokens, vocab: int) -> list[int]:
+    """The mask that allows these tokens."""
+    bits = np.zeros(-(-vocab // 32) * 32, np.uint8)
+    bits[list(tokens)] = 1
+    return np.packbits(bits, bitorder="little").view("<u4").tolist()
+
+
+def changes(vocab: int, edits: list[list[tuple]], allowed: list) -> dict:
+    """Batch fields of samples with these edits and allowed tokens (None: all)."""
+    masks, mask_of = [], []
+    for tokens in allowed:
+        mask_of.append(-1 if tokens is None else len(masks) // -(-vocab // 32))
+        masks += [] if tokens is None else words_of(tokens, vocab)
+    return dict(edit_begin=np.cumsum([0] + [len(e) for e in edits]).tolist(), edits=sum(edits, []), mask_of=mask_of, masks=masks)
+
+
+def random_changes(vocab: int, samples: int, seed: int = 0):
+    """Per sample edits, and allowed tokens or None: every kind and none."""
+    rng = np.random.default_rng(seed)
+    edits, allowed = [], []
+    for s in range(samples):
+        count = int(rng.integers(0, min(vocab, 40) + 1)) if s % 4 else 0
+        tokens = np.sort(rng.choice(vocab, count, replace=False)).tolist()
+        add = [[0.0, float(rng.normal() * 3), -np.inf][int(rng.integers(3))] for _ in tokens]
+        penalty = [[1.0, float(rng.uniform(0.5, 2))][int(rng.integers(2))] for _ in tokens]
+        edits.append(list(zip(tokens, add, penalty)))
+        allowed.append(np.sort(rng.choice(vocab, int(rng.integers(1, vocab + 1)), replace=False)).tolist() if s % 3 == 0 else None)
+    return edits, allowed

@@ -13,7 +13,7 @@ CUDA = any(name.startswith("cuda") for name in devices()[0])
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason=f"no CUDA device: {devices()[1]}")]
 
 torch = pytest.importorskip("torch")
-from helpers import PAGE, Pages, as_format, make_batch, make_neox, pages_of, runner  # noqa: E402
+from helpers import PAGE, Pages, as_format, changes, make_batch, make_neox, pages_of, random_changes, runner  # noqa: E402
 
 DTYPES = ("float32", "float16", "bfloat16")
 FORMAT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -344,6 +344,49 @@ def test_sampling(vocab):
     one = make_batch(Pages(SLOTS, MAX_LEN, 512), decode=[(13, 0, 13)], logits="all", sample=[params[13]])
     token, logprob = ops[1].sample(one, logits[13:14])
     assert token[0] == got[13] and logprob[0] == got_logprob[13]
+
+
+@pytest.mark.parametrize("vocab", [1, 5, 33, 1000, 100864])
+def test_sampling_with_edits_and_masks(vocab):
+    ops = testing.Ops("cpu", threads=2), testing.Ops("cuda", "float16")
+    for o in ops:
+        o.plan(config(vocab=vocab), SLOTS, ROWS, MAX_LEN, 512)
+    rows = 60
+    params = [dict(SAMPLING[i % len(SAMPLING)]) for i in range(rows)]
+    edits, allowed = random_changes(vocab, rows, vocab)
+    edits[17] = [(t, -0.25 * (t % 5), 1.0 + t % 3) for t in range(min(vocab, 2000))]
+    logits = (np.random.default_rng(vocab).standard_normal((rows, vocab)) * 3).astype(np.float32)
+    for half in (1, 2):  # all samples with their changes, or the first half only
+        fields = changes(vocab, [e if i < rows // half else [] for i, e in enumerate(edits)], [a if i < rows // half else None for i, a in enumerate(allowed)])
+        batch = make_batch(Pages(SLOTS, MAX_LEN, 512), decode=[(i, 0, i) for i in range(rows)], logits="all", sample=params) | fields
+        (want, want_logprob), (got, got_logprob) = (o.sample(batch, logits) for o in ops)
+        np.testing.assert_array_equal(got, want)
+        np.testing.assert_allclose(got_logprob, want_logprob, rtol=1e-5, atol=2e-5)
+    one = make_batch(Pages(SLOTS, MAX_LEN, 512), decode=[(17, 0, 17)], logits="all", sample=[params[17]]) | changes(vocab, [edits[17]], [allowed[17]])
+    token, logprob = ops[1].sample(one, logits[17:18])
+    assert token[0] == got[17] and logprob[0] == got_logprob[17]
+    plain = make_batch(Pages(SLOTS, MAX_LEN, 512), decode=[(i, 0, i) for i in range(rows)], logits="all", sample=params)
+    assert ops[1].sample(plain, logits)[0][rows // 2:].tolist() == got[rows // 2:].tolist()
+
+
+def test_recorded_steps_with_edits(tmp_path):
+    """Steps of one number of rows with and without changes alternate: each kind is recorded and replayed, and sees its own changes."""
+    _, native = make_neox(tmp_path)
+    cpu, gpu = runner(native, device="cpu"), runner(native, device="cuda", dtype="float32")
+    out = []
+    for r in (cpu, gpu):
+        pages, tokens = pages_of(r), []
+        for slot in range(3):
+            r.step(make_batch(pages, prefill=[(slot, [5 + slot, 9], 0)], sample=[{}]))
+        rng = np.random.default_rng(5)
+        for i in range(24):
+            batch = make_batch(pages, decode=[(slot, testing.LAST_TOKEN, 2 + i) for slot in range(3)], sample=[dict(), dict(temperature=1.0, seed=i), dict()])
+            if i % 3:
+                banned, allowed = int(rng.integers(131)), np.sort(rng.choice(131, 20, replace=False)).tolist()
+                batch |= changes(131, [[(banned, -np.inf, 1.0)], [], [(3, 2.0, 1.5)]], [None, allowed, allowed if i % 2 else None])
+            tokens.append(r.step(batch, i % 2)[0].tolist())
+        out.append(tokens)
+    assert out[0] == out[1]
 
 
 def greedy(r, prompts, steps: int, together: bool, chunk: int = 10**9) -> list[list[int]]:

@@ -8,7 +8,7 @@ import pytest
 from codefuse_triton._native import testing
 
 torch = pytest.importorskip("torch")
-from helpers import Pages, make_batch  # noqa: E402
+from helpers import Pages, changes, make_batch, random_changes  # noqa: E402
 from test_ops import config, normal, planned, same_bits  # noqa: E402
 
 SAMPLES = testing.DECODE_ROWS
@@ -155,3 +155,73 @@ def test_last_token_stays_on_the_device():
     tokens, _ = ops.sample(first, logits)
     second = make_batch(pages, decode=[(6, testing.LAST_TOKEN, 1), (3, testing.LAST_TOKEN, 1)])
     same_bits(ops.embed(second, table), table[tokens[::-1]])
+
+
+# ---- edits and masks --------------------------------------------------------------------------------------------------
+
+
+def of_vocab(vocab: int):
+    ops = testing.Ops("cpu", threads=2)
+    ops.plan(config(vocab=vocab), 8, 64, 20000, 8 * 625)
+    return ops
+
+
+def changed(logits: np.ndarray, edits, allowed) -> np.ndarray:
+    """One row after the rule's arithmetic in float32."""
+    out = logits.copy()
+    for token, add, penalty in edits:
+        if penalty != 1:
+            out[token] = out[token] / np.float32(penalty) if out[token] > 0 else out[token] * np.float32(penalty)
+        out[token] += np.float32(add)
+    if allowed is not None:
+        out[np.setdiff1d(np.arange(len(out)), list(allowed))] = np.nan
+    return out
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 500])
+def test_edits_and_masks_equal_changed_logits(vocab):
+    """A row with edits and a mask gives the token of the row changed here; the log-prob is that of the row as it was."""
+    ops = of_vocab(vocab)
+    edits, allowed = random_changes(vocab, 60, vocab)
+    logits = normal(60, vocab, seed=vocab, scale=3)
+    params = [dict(), dict(temperature=0.8, seed=4), dict(temperature=1.2, top_k=5, seed=5), dict(temperature=1.0, top_p=0.7, min_p=0.01, seed=6)] * 15
+    batch = make_batch(Pages(8, 20000, 5000), prefill=[(0, [0] * 60, 0)], logits="all", sample=params)
+    tokens, logprobs = ops.sample({**batch, **changes(vocab, edits, allowed)}, logits)
+    want, _ = ops.sample(batch, np.stack([changed(*row) for row in zip(logits, edits, allowed)]))
+    np.testing.assert_array_equal(tokens, want)
+    raw = torch.log_softmax(torch.from_numpy(logits).double(), -1).numpy()[np.arange(60), tokens]
+    np.testing.assert_allclose(logprobs, raw, atol=2e-5, rtol=1e-6)
+    for s, tokens_allowed in enumerate(allowed):
+        assert tokens_allowed is None or tokens[s] in tokens_allowed
+    if vocab == 500:
+        plain, _ = ops.sample(batch, logits)
+        assert (tokens != plain).sum() > 10 and (tokens[4::12] == plain[4::12]).all()  # rows without changes are as ever
+
+
+def test_a_mask_is_stronger_than_a_ban():
+    ops, logits = of_vocab(40), normal(1, 40, seed=1)
+    for params in (dict(), dict(temperature=1.0, seed=1), dict(temperature=1.0, top_k=3, top_p=0.5, seed=1)):
+        batch = make_batch(Pages(8, 20000, 5000), prefill=[(0, [0], 0)], logits="all", sample=[params])
+        tokens, _ = ops.sample({**batch, **changes(40, [[(7, -np.inf, 1.0), (9, -np.inf, 1.0)]], [[7, 9]])}, logits)
+        assert tokens[0] == 7
+
+
+@pytest.mark.parametrize("fields, said", [
+    (dict(edit_begin=[0, 1], edits=[(1, 0.0, 1.0)]), "edit_begin has 2 elements; expected 3"),
+    (dict(edit_begin=[0, 1, 1], edits=[(1, 0.0, 1.0)] * 2), "edit_begin is 0 to 1; expected 0 to 2"),
+    (dict(edit_begin=[0, 2, 2], edits=[(1, 0.0, 1.0)] * 2), r"edits\[1\] is 1; expected 2 to 100830"),
+    (dict(edit_begin=[0, 1, 0], edits=[]), r"edit_begin\[1\] is 1; expected 0 to 0"),
+    (dict(edit_begin=[0, 1, 1], edits=[(100831, 0.0, 1.0)]), r"edits\[0\] is 100831; expected 0 to 100830"),
+    (dict(edit_begin=[0, 1, 1], edits=[(1, np.nan, 1.0)]), r"edits\[0\] adds nan"),
+    (dict(edit_begin=[0, 1, 1], edits=[(1, 0.0, 0.0)]), r"edits\[0\] adds 0 with penalty 0"),
+    (dict(edit_begin=[0, 1, 1], edits=[(1, 0.0, np.inf)]), "penalty inf"),
+    (dict(edit_begin=[0, 25000, 25000], edits=[(i, 0.0, 1.0) for i in range(25000)]), r"edit_begin\[1\] is 25000; expected 0 to 24096"),
+    (dict(mask_of=[0], masks=[1] * 3151), "mask_of has 1 elements; expected 2"),
+    (dict(mask_of=[0, -1], masks=[1] * 3150), "masks has 3150 elements; expected 0"),
+    (dict(mask_of=[1, -1], masks=[1] * 3151), r"mask_of\[0\] is 1; expected -1 to 0"),
+    (dict(mask_of=[0, -1], masks=[0] * 3150 + [2**31]), "mask 0 allows no token"),
+], ids=str)
+def test_bad_changes_are_refused(ops, fields, said):
+    batch = make_batch(Pages(8, 20000, 5000), prefill=[(0, [0, 0], 0)], logits="all", sample=[{}, {}])
+    with pytest.raises(ValueError, match=said):
+        ops.sample({**batch, **fields}, np.zeros((2, 100831), np.float32))

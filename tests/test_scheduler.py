@@ -155,6 +155,42 @@ def test_remove_frees_at_once(when):
     assert s.schedule() is None
 
 
+def test_a_sequence_that_waits_runs_one_step_at_a_time():
+    s = make(slots=3, pages=12)
+    s.add(1, [7], 9, waiting=3)
+    s.add(2, [8], 9)
+    s.add(3, [9], 9, waiting=0)
+    first = s.schedule()
+    assert first["sampled"] == [1, 2, 3]
+    # edits (token number, tokens known), the mask of what is known only while it waits
+    assert first["edit_begin"] == [0, 1, 1, 2] and first["edits"] == [(0, 0.0, 1.0), (0, 0.0, 1.0)]
+    assert first["mask_of"] == [0, -1, -1] and first["masks"] == [1, 0]
+    second = s.schedule()
+    assert second["sampled"] == [2, 3] and second["token"] == [-1, -1]
+    assert second["edit_begin"] == [0, 0, 1] and second["edits"] == [(1, 0.0, 1.0)] and second["mask_of"] == second["masks"] == []
+    for uid in (1, 2, 3):
+        assert s.accept(uid, 20 + uid)
+    third = s.schedule()
+    assert third["sampled"] == [1, 2, 3] and third["token"] == [21, -1, -1]
+    assert third["edits"] == [(1, 1.0, 1.0), (2, 1.0, 1.0)] and third["mask_of"] == [0, -1, -1] and third["masks"] == [2, 0]
+    for uid in (2, 3, 1, 2, 3):
+        s.accept(uid, 30 + uid)
+    assert s.schedule()["sampled"] == [1, 2, 3]
+    assert s.schedule()["sampled"] == [2, 3]
+    s.accept(1, 41)  # three are known: it waits no longer
+    assert s.schedule()["sampled"] == [1, 2, 3]
+    last = s.schedule()
+    assert last["sampled"] == [1, 2, 3] and last["token"][0] == -1 and last["edits"][0] == (4, 3.0, 1.0)
+
+
+def test_only_waiting_sequences_wait_for_results():
+    s = make(pages=12)
+    s.add(1, [7], 3, waiting=9)
+    assert s.schedule()["sampled"] == [1] and s.schedule() is None
+    s.accept(1, 5)
+    assert s.schedule()["sampled"] == [1] and s.schedule() is None
+
+
 def test_slots_and_rows_are_checked():
     with pytest.raises(ValueError, match="slots is 65; expected 1..64"):
         make(slots=65, rows=100)

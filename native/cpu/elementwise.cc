@@ -63,7 +63,13 @@ void CpuOps::sample(const float* logits, int vocab) {
   out.logprob.resize(size_t(samples));
   pool_.each(samples, [&](int64_t s, int thread) {
     const int position = batch_->position[batch_->logit_row[s]] + 1;
-    sample_row(kernels_, logits + s * vocab, vocab, batch_->sample[s], position, sampling_[size_t(thread)], out.token[s], out.logprob[s]);
+    RowChanges changes;
+    if (!batch_->edits.empty()) {
+      changes.edits = batch_->edits.data() + batch_->edit_begin[s];
+      changes.count = batch_->edit_begin[s + 1] - batch_->edit_begin[s];
+    }
+    if (!batch_->mask_of.empty() && batch_->mask_of[s] >= 0) changes.mask = batch_->masks.data() + size_t(batch_->mask_of[s]) * size_t(mask_words(vocab));
+    sample_row(kernels_, logits + s * vocab, vocab, batch_->sample[s], changes, position, sampling_[size_t(thread)], out.token[s], out.logprob[s]);
   });
   for (int s = 0; s < samples; ++s) last_token_[batch_->slot[batch_->logit_row[s]]] = out.token[s];
 }

@@ -1,4 +1,5 @@
 // Sampling one token from one row of logits. The rule, which every device follows:
+//   edits (sampling_rule.h, edited()), then the mask: a forbidden token becomes NaN, so it ranks below every allowed one
 //   m = the greatest logit; key = order_key(logit) (sampling_rule.h; NaN ranks below everything)
 //   temperature 0: the greatest key, the lowest id on a tie. Otherwise
 //   1. d = (logit - m) / temperature, w = exp(d), mass = floor(w 2^40)
@@ -7,7 +8,7 @@
 //      least ceil(top_p M) (every token tied with it stays)
 //   4. kept: key >= t and w >= min_p
 //   5. of the kept, the greatest d + gumbel(seed, position, token), the lowest id on a tie
-// log-prob = logit - log(sum(exp(logits))): of the raw logits, whatever was kept.
+// log-prob = logit - log(sum(exp(logits))): of the raw logits, whatever was edited, forbidden or kept.
 #include "cpu/sample.h"
 
 #include <algorithm>
@@ -38,16 +39,42 @@ uint32_t select_key(const uint32_t* key, int n, uint64_t need, MassOf mass_of) {
   return prefix;
 }
 
+// The lowest id with the greatest key.
+int32_t greatest(const uint32_t* key, int vocab) {
+  int32_t id = 0;
+  for (int i = 1; i < vocab; ++i)
+    if (key[i] > key[id]) id = i;
+  return id;
+}
+
+void change_row(float* row, const float* logits, int vocab, const RowChanges& changes) {
+  std::copy(logits, logits + vocab, row);
+  for (int i = 0; i < changes.count; ++i) {
+    const LogitEdit& e = changes.edits[i];
+    row[e.token] = rule::edited(row[e.token], e.add, e.penalty);
+  }
+  if (!changes.mask) return;
+  for (int i = 0; i < vocab; ++i)
+    if (!rule::allows(changes.mask, i)) row[i] = std::numeric_limits<float>::quiet_NaN();
+}
+
 }  // namespace
 
-void sample_row(const Kernels& kernels, const float* logits, int vocab, const SampleParams& p, int position, SampleScratch& s,
-                int32_t& token, float& logprob) {
+void sample_row(const Kernels& kernels, const float* raw, int vocab, const SampleParams& p, const RowChanges& changes, int position,
+                SampleScratch& s, int32_t& token, float& logprob) {
   s.key.resize(size_t(vocab));
   const uint32_t* key = s.key.data();
-  kernels.order_keys(s.key.data(), logits, vocab);
-  token = 0;
-  for (int i = 1; i < vocab; ++i)
-    if (key[i] > key[token]) token = i;
+  kernels.order_keys(s.key.data(), raw, vocab);
+  token = greatest(key, vocab);
+  const float raw_m = raw[token];
+  const float* logits = raw;
+  if (changes.count > 0 || changes.mask) {
+    s.edited.resize(size_t(vocab));
+    change_row(s.edited.data(), raw, vocab, changes);
+    logits = s.edited.data();
+    kernels.order_keys(s.key.data(), logits, vocab);
+    token = greatest(key, vocab);
+  }
   const float m = logits[token];
 
   if (p.temperature > 0) {
@@ -78,7 +105,7 @@ void sample_row(const Kernels& kernels, const float* logits, int vocab, const Sa
       }
     }
   }
-  logprob = float(double(logits[token]) - m - std::log(kernels.sum_exp(logits, m, vocab)));
+  logprob = float(double(raw[token]) - raw_m - std::log(kernels.sum_exp(raw, raw_m, vocab)));
 }
 
 }  // namespace codefuse::cpu

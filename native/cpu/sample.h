@@ -10,12 +10,19 @@ namespace codefuse::cpu {
 
 struct SampleScratch {
   std::vector<uint32_t> key;  // [V]
-  std::vector<float> d, w;    // [V]
-  void reserve(int vocab) { key.reserve(size_t(vocab)), d.reserve(size_t(vocab)), w.reserve(size_t(vocab)); }
+  std::vector<float> edited, d, w;  // [V]
+  void reserve(int vocab) { key.reserve(size_t(vocab)), edited.reserve(size_t(vocab)), d.reserve(size_t(vocab)), w.reserve(size_t(vocab)); }
+};
+
+// What changes one row before its token is chosen.
+struct RowChanges {
+  const LogitEdit* edits = nullptr;
+  int count = 0;                   // of edits
+  const uint32_t* mask = nullptr;  // [mask_words(V)] or nullptr
 };
 
 // position: where the sampled token will stand
-void sample_row(const Kernels& kernels, const float* logits /*[V]*/, int vocab, const SampleParams& p, int position,
-                SampleScratch& s, int32_t& token, float& logprob);
+void sample_row(const Kernels& kernels, const float* logits /*[V]*/, int vocab, const SampleParams& p, const RowChanges& changes,
+                int position, SampleScratch& s, int32_t& token, float& logprob);
 
 }  // namespace codefuse::cpu

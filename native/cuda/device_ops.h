@@ -3,7 +3,7 @@
 #include <array>
 #include <map>
 #include <string>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include "cuda/kernels.h"
@@ -66,6 +66,7 @@ class CudaOps final : public Ops {
 
   // ---- ops.cu
   void fill_meta(const Batch& batch, int padded_rows, int ticket);
+  void fill_edits(const Batch& batch, int padded_samples, int ticket);
   void run_recorded(int rows, const std::function<void()>& body);
   const void* padded(const void* x, int K, int rows);
   void linear_rows(const void* x, const Linear& w, const Epilogue& e, int first, int decode, int rows);
@@ -87,7 +88,9 @@ class CudaOps final : public Ops {
   StepMeta meta_;
   char* meta_device_ = nullptr;
   size_t table_at_ = 0, tiles_at_ = 0, meta_bytes_ = 0;  // of the staging buffer; the arrays of rows and samples come first
-  std::array<char*, 2> staging_{}, results_{};           // pinned, by ticket
+  char* edits_device_ = nullptr;
+  size_t edits_bytes_ = 0;  // of the staging buffer of edits and masks
+  std::array<char*, 2> staging_{}, edits_staging_{}, results_{};  // pinned, by ticket
   std::array<cudaEvent_t, 2> uploaded_{}, done_{};
   std::array<int, 2> expected_{};                        // samples of the step
   float2* angles_ = nullptr;
@@ -104,11 +107,12 @@ class CudaOps final : public Ops {
 
   int rows_ = 0, decode_rows_ = 0, samples_ = 0, tiles_ = 0;  // the current step
   Sampling sampling_kind_ = Sampling::greedy;
+  bool edited_ = false;  // some sample has edits or a mask
   struct Recording {
     int seen = 0;
     cudaGraphExec_t graph = nullptr;
   };
-  std::map<std::pair<int, Sampling>, Recording> recordings_;  // by rows and kind of sampling
+  std::map<std::tuple<int, Sampling, bool>, Recording> recordings_;  // by rows, kind of sampling, edited_
 };
 
 }  // namespace codefuse::cuda

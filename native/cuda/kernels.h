@@ -23,6 +23,10 @@ struct StepMeta {
   int32_t* last_token = nullptr;      // [slots]
   const int32_t* logit_row = nullptr;       // [S]
   const SampleParams* sample = nullptr;     // [S]
+  const int32_t* edit_begin = nullptr;      // [S + 1]; this and the next three only in a step with edits or masks
+  const int32_t* mask_of = nullptr;         // [S]
+  const uint32_t* masks = nullptr;          // [n, mask_words]
+  const LogitEdit* edits = nullptr;
   const int4* tiles = nullptr;        // runs of at most kTileRows prefill rows: first row, rows, position, row of table
   const int32_t* settled = nullptr;   // [T] tokens of the row's sequence whose K and V earlier steps stored; nullptr: 0
   int max_pages = 0;
@@ -137,7 +141,9 @@ struct SampleScratch {
   unsigned long long* best = nullptr;  // [kDecodeRows, kSampleParts] key of the greatest logit, complement of its id
   float* sum = nullptr;                // [kDecodeRows, kSampleParts]
   int32_t* arrived = nullptr;          // [kDecodeRows], zero between launches
-  float2* top = nullptr;               // [kDecodeRows] greatest logit, log of the sum of exp(logit - greatest)
+  float2* top = nullptr;               // [kDecodeRows] greatest raw logit, log of the sum of exp(logit - greatest)
+  float* edited = nullptr;             // [kDecodeRows, V] rows with edits or masks
+  float* most = nullptr;               // [kDecodeRows] greatest logit of the row, edited or not
   int32_t* token = nullptr;            // [kDecodeRows] results
   float* logprob = nullptr;            // [kDecodeRows]
   SampleSelect* select = nullptr;      // [kDecodeRows]
@@ -147,6 +153,7 @@ struct SampleScratch {
 // The passes that the samples of a step need: the greatest of sampling_of() over them.
 enum class Sampling { greedy, temperature, top_k_or_p, top_k_and_p };
 Sampling sampling_of(const SampleParams& p);
-void sample(const Stream& s, const float* logits, int vocab, int S, Sampling kind, const StepMeta& m, const SampleScratch& scratch);
+// edited: some sample has edits or a mask
+void sample(const Stream& s, const float* logits, int vocab, int S, Sampling kind, bool edited, const StepMeta& m, const SampleScratch& scratch);
 
 }  // namespace codefuse::cuda

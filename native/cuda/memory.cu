@@ -42,6 +42,7 @@ CudaOps::~CudaOps() {
   drop_bounces();
   for (int i = 0; i < 2; ++i) {
     cudaFreeHost(staging_[i]);
+    cudaFreeHost(edits_staging_[i]);
     cudaFreeHost(results_[i]);
     cudaEventDestroy(uploaded_[i]);
     cudaEventDestroy(done_[i]);

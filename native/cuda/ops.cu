@@ -60,8 +60,18 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
   meta_.tiles = reinterpret_cast<int4*>(d + tiles_at_);
   meta_.max_pages = limits.max_pages();
   meta_.last_token = alloc_array<int32_t>(size_t(limits.slots));
+  // staging of edits and masks: edit_begin [samples + 1], mask_of [samples] | masks | edits
+  const size_t words = kDecodeRows * size_t(mask_words(c.vocab)), edits = kDecodeRows * size_t(limits.edits(c.vocab));
+  const size_t masks_at = aligned((kDecodeRows + 1) * 4) + aligned(kDecodeRows * 4), edits_at = masks_at + aligned(words * 4);
+  edits_bytes_ = edits_at + edits * sizeof(LogitEdit);
+  edits_device_ = alloc_array<char>(edits_bytes_);
+  meta_.edit_begin = reinterpret_cast<int32_t*>(edits_device_);
+  meta_.mask_of = reinterpret_cast<int32_t*>(edits_device_ + aligned((kDecodeRows + 1) * 4));
+  meta_.masks = reinterpret_cast<uint32_t*>(edits_device_ + masks_at);
+  meta_.edits = reinterpret_cast<LogitEdit*>(edits_device_ + edits_at);
   for (int i = 0; i < 2; ++i) {
     check(cudaMallocHost(reinterpret_cast<void**>(&staging_[i]), meta_bytes_), "pinned memory for the batch");
+    check(cudaMallocHost(reinterpret_cast<void**>(&edits_staging_[i]), edits_bytes_), "pinned memory for the batch");
     check(cudaMallocHost(reinterpret_cast<void**>(&results_[i]), kDecodeRows * 8), "pinned memory for results");
   }
 
@@ -94,6 +104,8 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
   sampling_.sum = alloc_array<float>(kDecodeRows * kSampleParts);
   sampling_.arrived = alloc_array<int32_t>(kDecodeRows);
   sampling_.top = alloc_array<float2>(kDecodeRows);
+  sampling_.edited = alloc_array<float>(kDecodeRows * size_t(c.vocab));
+  sampling_.most = alloc_array<float>(kDecodeRows);
   sampling_.token = alloc_array<int32_t>(2 * kDecodeRows);
   sampling_.logprob = reinterpret_cast<float*>(sampling_.token + kDecodeRows);
   sampling_.select = alloc_array<SampleSelect>(kDecodeRows);
@@ -133,7 +145,26 @@ void CudaOps::fill_meta(const Batch& b, int padded, int ticket) {
       tiles[tiles_++] = make_int4(c.row + i, std::min(kTileRows, c.count - i), c.position + i, table_of[size_t(c.slot)]);
   if (tiles_) bytes = tiles_at_ + size_t(tiles_) * sizeof(int4);
   check(cudaMemcpyAsync(meta_device_, base, bytes, cudaMemcpyHostToDevice, s_.stream), "uploading the batch");
+  if (edited_) fill_edits(b, std::max(b.samples(), padded > b.rows() ? padded : 0), ticket);
   check(cudaEventRecord(uploaded_[ticket], s_.stream), "uploading the batch");
+}
+
+// Likewise the edits and masks; samples that only pad a recorded step have none.
+void CudaOps::fill_edits(const Batch& b, int padded, int ticket) {
+  char* const base = edits_staging_[ticket];
+  auto send = [&](const void* device, size_t bytes) {
+    const size_t at = size_t(static_cast<const char*>(device) - edits_device_);
+    check(cudaMemcpyAsync(edits_device_ + at, base + at, bytes, cudaMemcpyHostToDevice, s_.stream), "uploading edits");
+  };
+  auto host = [&](const void* device) { return base + (static_cast<const char*>(device) - edits_device_); };
+  auto* edit_begin = reinterpret_cast<int32_t*>(host(meta_.edit_begin));
+  auto* mask_of = reinterpret_cast<int32_t*>(host(meta_.mask_of));
+  for (int s = 0; s <= padded; ++s) edit_begin[s] = b.edits.empty() ? 0 : b.edit_begin[size_t(std::min(s, b.samples()))];
+  for (int s = 0; s < padded; ++s) mask_of[s] = b.mask_of.empty() || s >= b.samples() ? -1 : b.mask_of[size_t(s)];
+  std::memcpy(host(meta_.masks), b.masks.data(), b.masks.size() * 4);
+  std::memcpy(host(meta_.edits), b.edits.data(), b.edits.size() * sizeof(LogitEdit));
+  send(edits_device_, size_t(reinterpret_cast<const char*>(meta_.masks) - edits_device_) + b.masks.size() * 4);
+  if (!b.edits.empty()) send(meta_.edits, b.edits.size() * sizeof(LogitEdit));
 }
 
 void CudaOps::step(const Batch& batch, int ticket, const std::function<void()>& body) {
@@ -144,6 +175,7 @@ void CudaOps::step(const Batch& batch, int ticket, const std::function<void()>& 
   samples_ = batch.samples();
   sampling_kind_ = Sampling::greedy;
   for (const SampleParams& p : batch.sample) sampling_kind_ = std::max(sampling_kind_, sampling_of(p));
+  edited_ = !batch.edits.empty() || !batch.masks.empty();
   own_sequences_ = true;
   std::vector<char> seen(size_t(limits_.slots), 0);
   for (int t = 0; t < rows_; ++t) {
@@ -170,7 +202,7 @@ void CudaOps::step(const Batch& batch, int ticket, const std::function<void()>& 
 
 // The first step of a kind runs as it is, which also loads its kernels; the second is recorded.
 void CudaOps::run_recorded(int rows, const std::function<void()>& body) {
-  Recording& r = recordings_[{rows, sampling_kind_}];
+  Recording& r = recordings_[{rows, sampling_kind_, edited_}];
   if (r.seen++ == 0) return body();
   if (!r.graph) {
     cudaGraph_t graph = nullptr;
@@ -360,7 +392,7 @@ void CudaOps::logits(float* y, const void* x, const Linear& head) {
 }
 
 void CudaOps::sample(const float* logits, int vocab) {
-  if (samples_) cuda::sample(s_, logits, vocab, samples_, sampling_kind_, meta_, sampling_);
+  if (samples_) cuda::sample(s_, logits, vocab, samples_, sampling_kind_, edited_, meta_, sampling_);
 }
 
 }  // namespace codefuse::cuda

@@ -1,5 +1,6 @@
 // Sampling by the rule of native/cpu/sample.cc, whose order-dependent sums are integers here too. Every pass over a row is shared by
-// many blocks, and the last to arrive goes on with what all found: the greatest logit and the sum of the exponentials; for top_k and
+// many blocks, and the last to arrive goes on with what all found: the greatest logit and the sum of the exponentials; for a row with
+// edits or a mask a changed copy and its greatest logit; for top_k and
 // top_p the threshold, by three digits of its key, greatest first, from histograms of counts and masses; then the greatest
 // d + noise. A row takes only the passes that its parameters ask for.
 #include "cuda/kernels.h"
@@ -19,11 +20,17 @@ using U64 = unsigned long long;
 struct Args {
   const float* logits;  // [S, V]
   int vocab;
+  bool edited;
   StepMeta m;
   SampleScratch scratch;
 };
 
 __device__ __forceinline__ int slot_of(const Args& a, int s) { return a.m.slot[a.m.logit_row[s]]; }
+__device__ __forceinline__ bool is_edited(const Args& a, int s) {
+  return a.edited && (a.m.mask_of[s] >= 0 || a.m.edit_begin[s] < a.m.edit_begin[s + 1]);
+}
+// The logits that the token of sample s is chosen from.
+__device__ __forceinline__ const float* row_of(const Args& a, int s) { return (is_edited(a, s) ? a.scratch.edited : a.logits) + int64_t(s) * a.vocab; }
 __device__ __forceinline__ bool by_count(const SampleParams& p, int vocab) { return p.top_k > 0 && p.top_k < vocab; }
 __device__ __forceinline__ bool by_mass(const SampleParams& p) { return p.top_p < 1.f; }
 
@@ -78,6 +85,18 @@ __device__ __forceinline__ bool last_to_arrive(const Args& a, int s) {
 
 __device__ __forceinline__ int begin_of(int64_t n) { return int(n * blockIdx.x / gridDim.x); }
 __device__ __forceinline__ int end_of(int64_t n) { return int(n * (blockIdx.x + 1) / gridDim.x); }
+
+// The greatest logit of the row is known: the choice begins, for a greedy sample it ends.
+__device__ __forceinline__ void start(const Args& a, int s, int token, float most) {
+  const SampleParams p = a.m.sample[s];
+  a.scratch.most[s] = most;
+  a.scratch.token[s] = token;
+  SampleSelect select{};
+  select.threshold = 1;  // everything but NaN
+  select.digits = by_count(p, a.vocab) || by_mass(p) ? 0 : kDigits;
+  a.scratch.select[s] = select;
+  if (!(p.temperature > 0.f)) give(a, s, token);
+}
 
 // exp(x - m), 0 for a row of -inf
 __device__ __forceinline__ float weight_of(float x, float m) { return m == -INFINITY ? 0.f : expf(x - m); }
@@ -134,15 +153,39 @@ __global__ void __launch_bounds__(kThreads) row_top(const Args a) {
 #pragma unroll
   for (int o = 16; o > 0; o /= 2) total += __shfl_xor_sync(~0u, total, o);
   if (threadIdx.x == 0) {
-    const SampleParams p = a.m.sample[s];
     a.scratch.top[s] = make_float2(most, float(log(total)));
-    a.scratch.token[s] = id_of(best);
-    SampleSelect start{};
-    start.threshold = 1;  // everything but NaN
-    start.digits = by_count(p, a.vocab) || by_mass(p) ? 0 : kDigits;
-    a.scratch.select[s] = start;
-    if (!(p.temperature > 0.f)) give(a, s, id_of(best));
+    if (!is_edited(a, s)) start(a, s, id_of(best), most);
   }
+}
+
+// Makes the edited rows and finds their greatest logits. grid (kSampleParts, S)
+__global__ void __launch_bounds__(kThreads) edit_rows(const Args a) {
+  __shared__ U64 keys[kWarps];
+  launch_dependents();
+  grid_wait();
+  const int s = blockIdx.y, n = a.vocab;
+  if (slot_of(a, s) < 0 || !is_edited(a, s)) return;
+  const float* raw = a.logits + int64_t(s) * n;
+  float* row = a.scratch.edited + int64_t(s) * n;
+  const int begin = begin_of(n), end = end_of(n), mask = a.m.mask_of[s], last = a.m.edit_begin[s + 1];
+  const uint32_t* allowed = mask < 0 ? nullptr : a.m.masks + int64_t(mask) * mask_words(n);
+  const auto put = [&](int token, float logit) { row[token] = !allowed || rule::allows(allowed, token) ? logit : rule::float_of(0x7fffffffu); };
+  for (int i = begin + threadIdx.x; i < end; i += kThreads) put(i, raw[i]);
+  __syncthreads();
+  for (int i = a.m.edit_begin[s] + threadIdx.x; i < last; i += kThreads) {
+    const LogitEdit e = a.m.edits[i];
+    if (e.token >= begin && e.token < end) put(e.token, rule::edited(raw[e.token], e.add, e.penalty));
+  }
+  __syncthreads();
+  U64 best = 0;
+  for (int i = begin + threadIdx.x; i < end; i += kThreads) best = max(best, ranked(rule::order_key(row[i]), i));
+  best = block_max(best, keys);
+  if (threadIdx.x == 0) __stcg(a.scratch.best + s * kSampleParts + blockIdx.x, best);
+  if (!last_to_arrive(a, s) || threadIdx.x >= kSampleParts) return;
+  best = __ldcg(a.scratch.best + s * kSampleParts + threadIdx.x);
+#pragma unroll
+  for (int o = 16; o > 0; o /= 2) best = max(best, __shfl_xor_sync(~0u, best, o));
+  if (threadIdx.x == 0) start(a, s, id_of(best), __ldcg(row + id_of(best)));
 }
 
 __device__ __forceinline__ int shift_of(int digit) { return digit == 0 ? 21 : digit == 1 ? 10 : 0; }
@@ -201,8 +244,8 @@ __global__ void __launch_bounds__(kThreads, 2) next_digit(const Args a) {
   const int shift = shift_of(at.digits), bins = bins_of(at.digits), before = FIRST ? 0 : shift_of(at.digits - 1);
   for (int i = threadIdx.x; i < kBins; i += kThreads) count[i] = low[i] = high[i] = 0;
   __syncthreads();
-  const float* row = a.logits + int64_t(s) * n;
-  const float m = a.scratch.top[s].x;
+  const float* row = row_of(a, s);
+  const float m = a.scratch.most[s];
   const int end = end_of(n);
   for (int i0 = begin_of(n) + threadIdx.x; i0 < end; i0 += kEach * kThreads) {
     float v[kEach];
@@ -285,8 +328,8 @@ __global__ void __launch_bounds__(kThreads) choose(const Args a) {
   if (by_count(p, n) || by_mass(p))  // the first histogram is done with
     for (int i = begin_of(kBins) + threadIdx.x; i < end_of(kBins); i += kThreads)
       a.scratch.count[s * kBins + i] = 0, a.scratch.mass[s * kBins + i] = 0;
-  const float* row = a.logits + int64_t(s) * n;
-  const float m = a.scratch.top[s].x;
+  const float* row = row_of(a, s);
+  const float m = a.scratch.most[s];
   const uint32_t t = a.scratch.select[s].threshold;
   const int position = a.m.position[a.m.logit_row[s]] + 1;
   U64 best = 0;
@@ -321,9 +364,10 @@ __global__ void __launch_bounds__(kThreads) choose(const Args a) {
 
 }  // namespace
 
-void sample(const Stream& s, const float* logits, int vocab, int S, Sampling kind, const StepMeta& m, const SampleScratch& scratch) {
-  const Args a{logits, vocab, m, scratch};
+void sample(const Stream& s, const float* logits, int vocab, int S, Sampling kind, bool edited, const StepMeta& m, const SampleScratch& scratch) {
+  const Args a{logits, vocab, edited, m, scratch};
   launch(s, row_top, dim3(kSampleParts, S), kThreads, 0, a);
+  if (edited) launch(s, edit_rows, dim3(kSampleParts, S), kThreads, 0, a);
   if (kind == Sampling::greedy) return;
   const dim3 grid(std::clamp(4 * s.sms / S, 8, kSampleParts), S);  // integers: the number of parts changes nothing
   if (kind != Sampling::temperature) {

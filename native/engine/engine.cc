@@ -178,8 +178,8 @@ bool Engine::take_commands() {
     cancels.swap(cancels_);
   }
   for (auto& live : incoming) {
-    const Request& r = live->request;
-    scheduler_.add(live->uid, r.prompt, r.max_tokens, r.sample);
+    Request& r = live->request;
+    scheduler_.add(live->uid, r.prompt, r.max_tokens, r.sample, std::move(r.rules));
     live_.emplace(live->uid, std::move(live));
   }
   for (int64_t uid : cancels) end(uid, Finish::cancelled);

@@ -39,6 +39,7 @@ struct Request {
   int min_tokens = 0;             // eos and stop strings do not end the text before
   bool stream = true;             // false: only the last output is delivered
   bool logprobs = false;
+  RuleList rules;                 // what else decides about its tokens; they pass to the scheduler
   std::shared_ptr<Outbox> outbox;
 };
 

@@ -18,12 +18,13 @@ Scheduler::Scheduler(const Limits& limits, int prefill_rows)
   for (int s = limits.slots - 1; s >= 0; --s) free_slots_.push_back(s);
 }
 
-void Scheduler::add(int64_t uid, std::vector<int32_t> prompt, int max_tokens, const SampleParams& sample) {
+void Scheduler::add(int64_t uid, std::vector<int32_t> prompt, int max_tokens, const SampleParams& sample, RuleList rules) {
   auto s = std::make_unique<Sequence>();
   s->uid = uid;
   s->prompt = std::move(prompt);
   s->max_tokens = max_tokens;
   s->sample = sample;
+  s->rules = std::move(rules);
   waiting_.push_back(s.get());
   all_.emplace(uid, std::move(s));
 }
@@ -37,6 +38,10 @@ bool Scheduler::schedule(Batch* batch, Step* step) {
   batch->chunks.clear();
   batch->logit_row.clear();
   batch->sample.clear();
+  batch->edit_begin.assign(1, 0);
+  batch->edits.clear();
+  batch->mask_of.clear();
+  batch->masks.clear();
   batch->table_slot.clear();
   batch->table.clear();
 
@@ -44,6 +49,8 @@ bool Scheduler::schedule(Batch* batch, Step* step) {
   admit(step);
   put_decode_rows(batch, step);
   put_chunks(batch, step);
+  if (batch->edits.empty()) batch->edit_begin.clear();
+  if (batch->masks.empty()) batch->mask_of.clear();
   retire_complete();
   return batch->rows() > 0;
 }
@@ -109,6 +116,10 @@ void Scheduler::admit(Step* step) {
   }
 }
 
+bool Scheduler::waits(const Sequence& s) {
+  return s.in_flight > 0 && std::any_of(s.rules.begin(), s.rules.end(), [&](const auto& rule) { return rule->waits(s.generated); });
+}
+
 void Scheduler::put_row(Batch* batch, const Sequence& s, int32_t token, int position) {
   batch->token.push_back(token);
   batch->slot.push_back(s.slot);
@@ -118,6 +129,9 @@ void Scheduler::put_row(Batch* batch, const Sequence& s, int32_t token, int posi
 void Scheduler::put_sample(Batch* batch, Step* step, Sequence& s) {
   batch->logit_row.push_back(batch->rows() - 1);
   batch->sample.push_back(s.sample);
+  changes_.clear();
+  for (const auto& rule : s.rules) rule->prepare(s.generated, s.chosen(), &changes_);
+  changes_.append_to(batch);
   step->sampled.push_back(s.uid);
   ++s.in_flight;
 }
@@ -127,7 +141,7 @@ void Scheduler::put_decode_rows(Batch* batch, Step* step) {
   for (const Sequence* s : running_) decoding += s->prefilled();
   int spare = decode_limit_ - decoding;  // for sequences that run several generated tokens again
   for (Sequence* s : running_) {
-    if (!s->prefilled()) continue;
+    if (!s->prefilled() || waits(*s)) continue;
     int rows = std::min(s->total() - s->computed, 1 + spare);
     spare -= rows - 1;
     put_table(batch, *s);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "engine/kv_pages.h"
+#include "engine/logit_rules.h"
 #include "ops/batch.h"
 
 namespace codefuse {
@@ -25,7 +26,8 @@ struct Step {
 // rows and its generated tokens as decode rows, so every row is computed as it was the first time. The oldest sequence
 // can take every page and fits the pool, so it always advances and none starves.
 //
-// schedule() may run before the previous step's tokens are known: such a row carries kLastToken.
+// schedule() may run before the previous step's tokens are known: such a row carries kLastToken. A sequence whose rules wait
+// gets no row then, until its token is known.
 class Scheduler {
  public:
   // prefill_rows: prompt tokens of one step at most.
@@ -36,7 +38,7 @@ class Scheduler {
   static int pages_for(int tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
 
   // 1 <= prompt.size(), prompt.size() + max_tokens <= max_len, pages_for(prompt + max_tokens - 1) <= pages.
-  void add(int64_t uid, std::vector<int32_t> prompt, int max_tokens, const SampleParams& sample);
+  void add(int64_t uid, std::vector<int32_t> prompt, int max_tokens, const SampleParams& sample, RuleList rules = {});
 
   // Fills batch and step with the next rows; false when nothing can run before results arrive or requests are added.
   bool schedule(Batch* batch, Step* step);
@@ -58,6 +60,7 @@ class Scheduler {
     std::vector<int32_t> prompt, generated;
     int max_tokens;
     SampleParams sample;
+    RuleList rules;
     int slot = -1;
     std::vector<int32_t> pages;
     int computed = 0;   // tokens whose rows were launched since admission
@@ -75,6 +78,7 @@ class Scheduler {
   bool grow(Sequence& s, int tokens);
   void grow_decoding();
   void admit(Step* step);
+  static bool waits(const Sequence& s);
   void put_row(Batch* batch, const Sequence& s, int32_t token, int position);
   void put_sample(Batch* batch, Step* step, Sequence& s);
   void put_decode_rows(Batch* batch, Step* step);
@@ -91,6 +95,7 @@ class Scheduler {
   std::unordered_map<int64_t, std::unique_ptr<Sequence>> all_;
   std::vector<Sequence*> running_;  // oldest first
   std::deque<Sequence*> waiting_;   // oldest first
+  LogitChanges changes_;            // of the sample in hand
   int64_t preemptions_ = 0;
 };
 

@@ -1,5 +1,7 @@
 #include "ops/batch.h"
 
+#include <cmath>
+
 #include "core/check.h"
 
 namespace codefuse {
@@ -13,6 +15,38 @@ void in_range(const char* what, int index, int64_t value, int64_t low, int64_t h
 
 void size_is(const char* what, size_t found, size_t expected) {
   if (found != expected) throw ValueError(cat("batch: ", what, " has ", found, " elements; expected ", expected));
+}
+
+void check_edits(const Batch& b, int limit, int vocab) {
+  if (b.edit_begin.empty() && b.edits.empty()) return;
+  size_is("edit_begin", b.edit_begin.size(), size_t(b.samples()) + 1);
+  const int end = int(b.edits.size());
+  if (b.edit_begin.front() != 0 || b.edit_begin.back() != end)
+    throw ValueError(cat("batch: edit_begin is ", b.edit_begin.front(), " to ", b.edit_begin.back(), "; expected 0 to ", end));
+  for (int s = 0; s < b.samples(); ++s) {
+    const int first = b.edit_begin[s];
+    in_range("edit_begin", s + 1, b.edit_begin[s + 1], first, std::min(end, first + limit));
+    for (int i = first; i < b.edit_begin[s + 1]; ++i) {
+      const LogitEdit& e = b.edits[i];
+      in_range("edits", i, e.token, i > first ? b.edits[i - 1].token + 1 : 0, vocab - 1);
+      if (std::isnan(e.add) || !(e.penalty > 0) || std::isinf(e.penalty))
+        throw ValueError(cat("batch: edits[", i, "] adds ", e.add, " with penalty ", e.penalty, "; expected a number, and a finite one above 0"));
+    }
+  }
+}
+
+void check_masks(const Batch& b, int vocab) {
+  if (b.mask_of.empty() && b.masks.empty()) return;
+  size_is("mask_of", b.mask_of.size(), size_t(b.samples()));
+  const int words = mask_words(vocab), masks = int(b.masks.size()) / words;
+  size_is("masks", b.masks.size(), size_t(std::min(masks, b.samples())) * size_t(words));
+  for (int s = 0; s < b.samples(); ++s) in_range("mask_of", s, b.mask_of[s], -1, masks - 1);
+  for (int m = 0; m < masks; ++m) {
+    const uint32_t* word = b.masks.data() + size_t(m) * size_t(words);
+    const uint32_t last = word[words - 1] << (31 - (vocab - 1) % 32);  // without the bits behind the vocabulary
+    if (last == 0 && std::all_of(word, word + words - 1, [](uint32_t w) { return w == 0; }))
+      throw ValueError(cat("batch: mask ", m, " allows no token"));
+  }
 }
 
 }  // namespace
@@ -56,6 +90,8 @@ void check_batch(const Batch& b, const Limits& limits, int vocab) {
   }
   if (next != rows) throw ValueError(cat("batch: chunks end at row ", next, " of ", rows));
   for (int s = 0; s < samples; ++s) in_range("logit_row", s, b.logit_row[s], 0, rows - 1);
+  check_edits(b, limits.edits(vocab), vocab);
+  check_masks(b, vocab);
 }
 
 }  // namespace codefuse

@@ -1,5 +1,6 @@
 // One ragged step, as plain host data: what the scheduler makes and every device reads.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -7,6 +8,7 @@ namespace codefuse {
 
 constexpr int kPageTokens = 32;     // tokens of one KV page
 constexpr int kDecodeRows = 64;     // most decode rows of one step (columns of the streaming matrix kernel)
+constexpr int kRuleEdits = 4096;    // logits that a request's own lists may edit, beyond those of the tokens of its text
 constexpr int32_t kLastToken = -1;  // Batch::token: the token sampled last for this slot, still on the device
 
 // How one row's next token is chosen. Fields hold validated values.
@@ -17,6 +19,17 @@ struct SampleParams {
   float min_p = 0.f;        // 0: off
   uint64_t seed = 0;
 };
+
+// What happens to one logit l before a token is chosen: l = (penalty == 1 ? l : l > 0 ? l / penalty : l * penalty) + add, in
+// float32.
+struct LogitEdit {
+  int32_t token = 0;
+  float add = 0.f;      // may be -inf, not NaN
+  float penalty = 1.f;  // > 0, finite
+};
+
+// A set of allowed tokens: bit t % 32 of word t / 32 is token t; bits from vocab on do not matter.
+constexpr int mask_words(int vocab) { return (vocab + 31) / 32; }
 
 // A run of prompt tokens of one sequence.
 struct Chunk {
@@ -38,6 +51,11 @@ struct Batch {
 
   std::vector<int32_t> logit_row;     // [samples] rows whose next token is sampled; decode rows first; samples <= kDecodeRows
   std::vector<SampleParams> sample;   // [samples]; position of the sampled token = position[row] + 1
+  // Edits come first, then the mask; both vectors of a kind may be empty when no sample has any.
+  std::vector<int32_t> edit_begin;    // [samples + 1] the sample's edits are edits[edit_begin[s]] .. before edits[edit_begin[s + 1]]
+  std::vector<LogitEdit> edits;       // of one sample: tokens ascending, at most Limits::edits()
+  std::vector<int32_t> mask_of;       // [samples] row of masks or -1
+  std::vector<uint32_t> masks;        // [n, mask_words(vocab)], each with an allowed token
 
   // Page table of the sequences in this batch: table[i * max_pages + p] is the page of tokens [p*kPageTokens, ...) of the
   // sequence in slot table_slot[i].
@@ -61,6 +79,7 @@ struct Limits {
   int max_len = 0;    // tokens of one sequence, prompt and generated
   int pages = 0;      // KV pages in the pool
   int max_pages() const { return (max_len + kPageTokens - 1) / kPageTokens; }
+  int edits(int vocab) const { return std::min(vocab, max_len + kRuleEdits); }  // of one sample
 };
 
 // ValueError unless every field is in range and consistent; what a device may rely on.

@@ -102,7 +102,8 @@ class Ops {
   // As norm() and linear() over the S rows of gather_logit_rows; logits stay float32.
   virtual void norm_logit_rows(void* y /*[S,H] act*/, const float* x /*[S,H]*/, const Norm& n, NormKind kind, float eps, int hidden) = 0;
   virtual void logits(float* y /*[S,N]*/, const void* x /*[S,K] act*/, const Linear& head) = 0;
-  // Chooses a token for every sample (see native/cpu/sample.cc for the exact rule), keeps it as its slot's last token.
+  // Chooses a token for every sample (see native/cpu/sample.cc for the exact rule) after the batch's edits and masks, keeps it as
+  // its slot's last token. The logits stay as they are.
   virtual void sample(const float* logits /*[S,V]*/, int vocab) = 0;
 
   // ---- tests and tools -------------------------------------------------------------------------------------------

@@ -65,6 +65,14 @@ CODEFUSE_HD uint32_t order_key(float x) {
   return (u & 0x80000000u) ? ~u : (u | 0x80000000u);
 }
 
+// LogitEdit (batch.h)
+CODEFUSE_HD float edited(float logit, float add_to_it, float penalty) {
+  const float l = penalty == 1.f ? logit : logit > 0.f ? div(logit, penalty) : mul(logit, penalty);
+  return add(l, add_to_it);
+}
+
+CODEFUSE_HD bool allows(const uint32_t* mask, int token) { return (mask[token / 32] >> (token % 32) & 1u) != 0; }
+
 // log(1 + f) + e log 2 for sqrt(1/2) - 1 <= f < sqrt(2) - 1 (Cephes; within 1 ulp)
 CODEFUSE_HD float log_core(float f, float e) {
   float z = mul(f, f);
