@@ -104,12 +104,17 @@ std::unique_ptr<Engine> make_engine(const std::string& weights, const std::vecto
 }
 
 int64_t submit(Engine& engine, std::vector<int32_t> prompt, std::shared_ptr<Outbox> outbox, int max_tokens, float temperature, int top_k,
-               float top_p, float min_p, std::optional<uint64_t> seed, const std::vector<py::bytes>& stop, bool include_stop,
+               float top_p, float min_p, std::optional<uint64_t> seed, const std::vector<std::pair<int32_t, float>>& logit_bias,
+               float repetition_penalty, float presence_penalty, float frequency_penalty, const std::vector<py::bytes>& bad_words,
+               const std::vector<py::bytes>& stop, bool include_stop,
                std::vector<int32_t> eos_ids, int min_tokens, bool stream, bool logprobs) {
   Request r;
   r.prompt = std::move(prompt);
   r.max_tokens = max_tokens;
   r.sample = {temperature, top_k, top_p, min_p, seed ? *seed : random_seed()};
+  r.logit_bias = logit_bias;
+  r.penalties = {repetition_penalty, presence_penalty, frequency_penalty};
+  r.bad_words = to_strings(bad_words);
   r.stop = to_strings(stop);
   r.include_stop = include_stop;
   r.eos_ids = std::move(eos_ids);
@@ -175,7 +180,8 @@ PYBIND11_MODULE(_native, m) {
            py::arg("max_len") = 0, py::arg("kv_bytes") = 0, py::arg("queue") = 256, py::arg("threads") = 0, py::arg("depth") = 0)
       .def("submit", &submit, py::arg("prompt"), py::arg("outbox"), py::kw_only(), py::arg("max_tokens") = 128,
            py::arg("temperature") = 0.0, py::arg("top_k") = 0, py::arg("top_p") = 1.0, py::arg("min_p") = 0.0,
-           py::arg("seed") = py::none(), py::arg("stop") = py::typing::List<py::bytes>(), py::arg("include_stop") = false,
+           py::arg("seed") = py::none(), py::arg("logit_bias") = std::vector<std::pair<int32_t, float>>(), py::arg("repetition_penalty") = 1.0,
+           py::arg("presence_penalty") = 0.0, py::arg("frequency_penalty") = 0.0, py::arg("bad_words") = py::typing::List<py::bytes>(), py::arg("stop") = py::typing::List<py::bytes>(), py::arg("include_stop") = false,
            py::arg("eos_ids") = std::vector<int32_t>(), py::arg("min_tokens") = 0, py::arg("stream") = true, py::arg("logprobs") = false,
            "Uid of the new request; its chunks go to outbox.")
       .def("cancel", &Engine::cancel, py::arg("uid"), py::call_guard<py::gil_scoped_release>(),

@@ -8,7 +8,8 @@ _MASK = 2**64 - 1
 
 
 def expected(prompt, max_tokens, seed, vocab=64, eos=(EOS,), min_tokens=0):
-    """(output tokens, finish reason): prompt tokens count as prefill rows, generated ones as decode rows."""
+    """(output tokens, finish reason): prompt tokens count as prefill rows, generated ones as decode rows. No end token comes before
+    min_tokens."""
     state = 14695981039346656037
     for token in prompt:
         state = (state ^ (token * 2 + 1)) * 1099511628211 & _MASK
@@ -16,8 +17,9 @@ def expected(prompt, max_tokens, seed, vocab=64, eos=(EOS,), min_tokens=0):
     while True:
         h = state ^ (seed * 0x9E3779B97F4A7C15 & _MASK)
         h = (h ^ (h >> 31)) * 0xBF58476D1CE4E5B9 & _MASK
-        token = (h >> 33) % vocab
-        if token in eos and len(out) >= min_tokens:
+        allowed = [t for t in range(vocab) if len(out) >= min_tokens or t not in eos]
+        token = allowed[(h >> 33) % len(allowed)]
+        if token in eos:
             return out, "eos"
         out.append(token)
         if len(out) == max_tokens:

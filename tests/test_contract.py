@@ -70,7 +70,8 @@ def test_submit_keywords_are_the_engines() -> None:
 
 
 def test_defaults() -> None:
-    assert submit() == dict(max_tokens=128, min_tokens=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=None, stop=(),
+    assert submit() == dict(max_tokens=128, min_tokens=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=None, stop=(), logit_bias={},
+                            repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, bad_words=(),
                             include_stop=False, ignore_eos=False, stream=False, logprobs=False)
 
 
@@ -95,7 +96,30 @@ def test_equal_values_given_twice_are_one() -> None:
     assert request.submit["stop"] == ("a",) and request.submit["min_tokens"] == 2
 
 
+def test_biases() -> None:
+    words = {**IDS, "embedding_bias_words": np.array([["in", "", "in"]], object), "embedding_bias_weights": np.array([[1.5, 9, 0.5]], np.float32)}
+    for given in (dict(logit_bias='{"7": -2, "5": 1e3}'), dict(sampling_parameters='{"logit_bias": {"5": 1000, "7": "-2.0"}}')):
+        assert submit(**given)["logit_bias"] == {5: 1000.0, 7: -2.0}
+        assert parse(words, given).submit["logit_bias"] == {5: 1000.0, 7: -2.0, "in": 2.0}
+    tensor = {**IDS, "logit_bias": np.array([[b'{"7": 1}']], object)}
+    assert parse(tensor, {}).submit["logit_bias"] == {7: 1.0}
+    for words_, weights in (([""], [0.0]), ([""], []), ([], [])):  # tensors that a client fills with nothing
+        assert submit(embedding_bias_words=words_, embedding_bias_weights=weights, logit_bias="")["logit_bias"] == {}
+
+
 @pytest.mark.parametrize("given, said", [
+    (dict(logit_bias="[1]"), "parameter logit_bias is [1]; expected a JSON object, token id to number"),
+    (dict(logit_bias="{"), "parameter logit_bias is not JSON"),
+    (dict(logit_bias='{"word": 1}'), "a token of parameter logit_bias is 'word'; expected an integer"),
+    (dict(logit_bias='{"-1": 1}'), "a token of parameter logit_bias is '-1'; it must be between 0 and 2147483647"),
+    (dict(logit_bias='{"1": Infinity}'), "parameter logit_bias[1] is inf; expected a finite number"),
+    (dict(logit_bias='{"1": 1e40}'), "parameter logit_bias[1] is 1e+40; it must be between"),
+    (dict(logit_bias='{"1": 1}', sampling_parameters='{"logit_bias": {"1": 2}}'), "give one of them"),
+    (dict(embedding_bias_words=["a"]), "embedding_bias_words has 1 strings and embedding_bias_weights 0 values"),
+    (dict(embedding_bias_weights=[1.0]), "embedding_bias_words has 0 strings and embedding_bias_weights 1 values"),
+    (dict(bad_words=["x"] * 65), "parameter bad_words has 65 strings; at most 64 are accepted"),
+    (dict(repetition_penalty=0), "parameter repetition_penalty is 0; it must be between 0.01 and 100"),
+    (dict(presence_penalty=101), "parameter presence_penalty is 101; it must be between -100 and 100"),
     (dict(temperature="hot"), "parameter temperature is 'hot'; expected a number"),
     (dict(temperature=True), "parameter temperature is True; expected a number"),
     (dict(max_tokens=1.5), "parameter max_tokens is 1.5; expected an integer"),

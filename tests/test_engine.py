@@ -97,7 +97,8 @@ def test_eos_options(engine):
     assert engine.generate(PROMPT, max_tokens=40, seed=9, eos_ids=[some]).token_ids.tolist() == free[: free.index(some)]
     assert engine.generate(PROMPT, max_tokens=40, seed=9, eos_ids=[some], ignore_eos=True).token_ids.tolist() == free
     late = engine.generate(PROMPT, max_tokens=40, seed=9, eos_ids=[some], min_tokens=free.index(some) + 1)
-    assert len(late.token_ids) > free.index(some) and late.token_ids.tolist() == free[: len(late.token_ids)]
+    want, finish = expected(PROMPT, 40, 9, eos=(some,), min_tokens=free.index(some) + 1)
+    assert (late.token_ids.tolist(), late.finish_reason) == (want, finish) and len(want) > free.index(some)
 
 
 def test_stop_strings(engine):

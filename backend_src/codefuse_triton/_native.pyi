@@ -65,7 +65,9 @@ class Engine:
                  tensor_parallel: int = 1, slots: int = 16, prefill_tokens: int = 512, max_len: int = 0, kv_bytes: int = 0,
                  queue: int = 256, threads: int = 0, depth: int = 0) -> None: ...
     def submit(self, prompt: Sequence[int], outbox: Outbox, *, max_tokens: int = 128, temperature: float = 0.0, top_k: int = 0,
-               top_p: float = 1.0, min_p: float = 0.0, seed: int | None = None, stop: Sequence[bytes] = [],
+               top_p: float = 1.0, min_p: float = 0.0, seed: int | None = None, logit_bias: Sequence[tuple[int, float]] = [],
+               repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
+               bad_words: Sequence[bytes] = [], stop: Sequence[bytes] = [],
                include_stop: bool = False, eos_ids: Sequence[int] = [], min_tokens: int = 0, stream: bool = True,
                logprobs: bool = False) -> int: ...
     def cancel(self, uid: int) -> bool: ...

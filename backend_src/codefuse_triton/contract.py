@@ -69,7 +69,7 @@ INT32_MAX = 2**31 - 1
 
 OPTIONS = (
     Option("max_tokens", "INT32", "most tokens to generate", default=128, low=1, high=INT32_MAX, submit="max_tokens"),
-    Option("min_length", "INT32", "tokens before an end token may come", default=0, low=0, high=INT32_MAX,
+    Option("min_length", "INT32", "tokens that come before an end token may; stop strings found in them do not count", default=0, low=0, high=INT32_MAX,
            alias="min_tokens", submit="min_tokens"),
     Option("temperature", "FP32", "0: greedy; not given: 1 if top_k > 1, 0 < top_p < 1 or min_p > 0 is given, else 0",
            low=0, high=1e4, submit="temperature"),
@@ -81,6 +81,17 @@ OPTIONS = (
            high=1, submit="min_p"),
     Option("random_seed", "UINT64", "the same seed gives the same text; not given: a fresh one", low=0, high=2**64 - 1,
            alias="seed", submit="seed"),
+    Option("repetition_penalty", "FP32", "divides the logits of tokens of prompt and text if positive, else multiplies them; 1: off",
+           default=1.0, low=0.01, high=100, submit="repetition_penalty"),
+    Option("presence_penalty", "FP32", "subtracted from the logits of tokens that the text has", default=0.0, low=-100, high=100,
+           submit="presence_penalty"),
+    Option("frequency_penalty", "FP32", "the same, as often as the text has them", default=0.0, low=-100, high=100,
+           submit="frequency_penalty"),
+    Option("logit_bias", "STRING", "a JSON object: token id to the number that is added to its logit", submit="logit_bias"),
+    Option("embedding_bias_words", "STRING", "texts whose tokens get the weight of the same place added to their logits", dims=-1, default=()),
+    Option("embedding_bias_weights", "FP32", "one for each of embedding_bias_words", dims=-1, default=()),
+    Option("bad_words", "STRING", "strings that the text will not contain, wherever tokens begin and end, nor complete where the "
+           "prompt ends in the beginning of one", dims=-1, default=(), submit="bad_words"),
     Option("stop_words", "STRING", "strings that end the text, found in the text itself", dims=-1, default=(),
            json="stop", submit="stop"),
     Option("include_stop", "BOOL", "leave the stop string in the text", default=False,
@@ -98,12 +109,6 @@ OPTIONS = (
     Option("beam_search_diversity_rate", "FP32", "accepted; without beams it has no effect"),
     Option("beam_width", "INT32", "only 1", neutral=(1,)),
     Option("num_return_sequences", "INT32", "only 1", json="n", neutral=(1,)),
-    Option("repetition_penalty", "FP32", "only 1", neutral=(1.0,)),
-    Option("presence_penalty", "FP32", "only 0", neutral=(0.0,)),
-    Option("frequency_penalty", "FP32", "only 0", neutral=(0.0,)),
-    Option("bad_words", "STRING", "only empty", dims=-1, neutral=((),)),
-    Option("embedding_bias_words", "STRING", "only empty", dims=-1, neutral=((),)),
-    Option("embedding_bias_weights", "FP32", "only empty", dims=-1, neutral=((),)),
     Option("suffix", "STRING", "only empty", neutral=("",)),
     Option("session", "STRING", "only empty", neutral=("",)),
     Option("cache_salt", "STRING", "only empty", neutral=("",)),
@@ -112,13 +117,13 @@ OPTIONS = (
 )
 OPTION_BY_NAME = {name: o for o in OPTIONS for name in (o.name, o.alias) if name}
 OPTION_BY_JSON = {name: o for o in OPTIONS for name in (o.json or o.name, o.alias) if name}
-MAX_STOP_WORDS, MAX_STOP_BYTES = 64, 1024
+MAX_STOP_WORDS, MAX_STOP_BYTES = 64, 1024  # of bad_words too
 
 # vLLM's names that change nothing here, with the values that are accepted (None always is)
 JSON_IGNORED = {
     "best_of": (1,), "use_beam_search": (False,), "early_stopping": (False, True), "detokenize": (True,),
     "skip_special_tokens": (True,), "spaces_between_special_tokens": (True, False), "prompt_logprobs": (),
-    "logit_bias": ({},), "truncate_prompt_tokens": (),
+    "truncate_prompt_tokens": (),
 }
 
 _OPTION_TENSORS = tuple(Tensor(name, o.type, o.dims, o.doc if name == o.name else f"the same as {o.name}")

@@ -2,9 +2,10 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from . import _native
 from ._native import Chunk, DeviceError, Outbox
 from .vocab import Vocab, read_json
 
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 Prompt = str | bytes | Sequence[int] | npt.NDArray[np.integer[Any]]
 
 
@@ -141,15 +143,24 @@ class Engine:
         return ids.tolist()  # type: ignore[no-any-return]
 
     def submit(self, prompt: Prompt, *, outbox: Outbox, max_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
-               min_p: float = 0.0, seed: int | None = None, stop: Sequence[str | bytes] = (), include_stop: bool = False,
+               min_p: float = 0.0, seed: int | None = None, logit_bias: Mapping[int | str, float] | None = None,
+               repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
+               bad_words: Sequence[str | bytes] = (), stop: Sequence[str | bytes] = (), include_stop: bool = False,
                eos_ids: Sequence[int] | None = None, ignore_eos: bool = False, min_tokens: int = 0, stream: bool = True,
                logprobs: bool = False) -> int:
         """Starts a completion whose chunks go to `outbox`; returns its uid, a positive number never used again.
 
         prompt: text, UTF-8 bytes or token ids. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. seed None draws
-        one. stop: the output ends before the first of these to end in it (after it with include_stop). min_tokens: eos and
-        stop strings do not end the output before; an eos sampled earlier stays in it as a token without text.
-        stream=False delivers one chunk with everything. logprobs: of each token under the model, before temperature.
+        one. logit_bias: what is added to the logit of a token, by id, or by text for every token of its encoding; -inf bans it.
+        repetition_penalty divides the logits of tokens of prompt and output where they are positive and multiplies them where
+        they are negative (as transformers does); presence_penalty is subtracted from the logits of tokens of the output,
+        frequency_penalty as often as they occur in it (as OpenAI defines them); all before temperature, logit_bias after
+        repetition_penalty. bad_words: no token is chosen that would complete one of these in the text, wherever tokens begin and
+        end, also together with the end of the prompt; one that names a special token bans that token. stop: the output ends
+        before the first of these to end in it (after it with include_stop). min_tokens: no end token is sampled before, stop
+        strings do not end the output.
+        stream=False delivers one chunk with everything. logprobs: of each token under the model itself: before temperature, biases,
+        penalties and bans.
 
         ValueError names field, value and limit; QueueFull; DeviceError once the device has failed.
         """
@@ -158,10 +169,26 @@ class Engine:
         for name, value in (("max_tokens", max_tokens), ("min_tokens", min_tokens), ("top_k", top_k)):
             if abs(value) >= 2**31:
                 raise ValueError(f"{name} is {value}; expected less than {2**31}")
+        bias = self._bias(logit_bias or {})
+        words = _as_bytes("bad_words", bad_words)
+        bans = [id for word in words if (id := self.vocab.special_id(word.decode("utf-8", "replace"))) is not None]
         eos = [] if ignore_eos else self._eos_ids if eos_ids is None else list(eos_ids)
         return self._native.submit(self._ids(prompt), outbox, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                                   min_p=min_p, seed=seed, stop=_stop_bytes(stop), include_stop=include_stop, eos_ids=eos, min_tokens=min_tokens,
+                                   min_p=min_p, seed=seed, logit_bias=bias + [(id, -math.inf) for id in bans], repetition_penalty=repetition_penalty,
+                                   presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, bad_words=words,
+                                   stop=_as_bytes("stop", stop), include_stop=include_stop, eos_ids=eos, min_tokens=min_tokens,
                                    stream=stream, logprobs=logprobs)
+
+    def _bias(self, given: Mapping[int | str, float]) -> list[tuple[int, float]]:
+        bias: list[tuple[int, float]] = []
+        for key, value in given.items():
+            if abs(value) > _FLOAT32_MAX and value != -math.inf:
+                raise ValueError(f"logit_bias of {key!r} is {value}; expected a float32 number, or -inf to ban it")
+            ids = self.vocab.encode(key) if isinstance(key, str) else [key]
+            if any(abs(id) >= 2**31 for id in ids):
+                raise ValueError(f"logit_bias has token {key}; expected 0..{self._native.vocab - 1}")
+            bias += [(id, value) for id in ids]
+        return bias
 
     def stream(self, prompt: Prompt, **options: Any) -> Stream:
         """Submits and iterates over the chunks; options as for submit. Raises DeviceError if the device fails."""
@@ -198,12 +225,12 @@ class Engine:
         self.close()
 
 
-def _stop_bytes(stop: Sequence[str | bytes] | str | bytes) -> list[bytes]:
-    stops: Sequence[str | bytes] = (stop,) if isinstance(stop, (str, bytes)) else stop
-    for i, s in enumerate(stops):
-        if isinstance(s, str) and any("\ud800" <= c <= "\udfff" for c in s):
-            raise ValueError(f"stop[{i}] has a lone surrogate")
-    return [s.encode() if isinstance(s, str) else bytes(s) for s in stops]
+def _as_bytes(name: str, words: Sequence[str | bytes] | str | bytes) -> list[bytes]:
+    words = (words,) if isinstance(words, (str, bytes)) else words
+    for i, word in enumerate(words):
+        if isinstance(word, str) and any("\ud800" <= c <= "\udfff" for c in word):
+            raise ValueError(f"{name}[{i}] has a lone surrogate")
+    return [word.encode() if isinstance(word, str) else bytes(word) for word in words]
 
 
 _open: weakref.WeakSet[Engine] = weakref.WeakSet()

@@ -18,6 +18,7 @@ from .contract import MAX_STOP_BYTES, MAX_STOP_WORDS, OPTION_BY_JSON, OPTION_BY_
 # request parameters that Triton or a proxy adds
 _FOREIGN_PREFIXES = ("triton_", "x-", "sequence_")
 _FOREIGN = {"priority", "timeout", "binary_data_output", "headers", "traceparent", "tracestate", "id"}
+_WEIGHT = Option("weight", "FP32", "", low=-float(np.finfo(np.float32).max), high=float(np.finfo(np.float32).max))
 _REAL_TENSORS = {"input_ids", "prompt_text", "heartbeat", "sampling_parameters", "text_input"}
 
 
@@ -97,18 +98,45 @@ def convert(option: Option, value: Any, where: str) -> Any:
         if isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray)):
             value = [value]
         result = tuple(_scalar(option, v, where) for v in value)
-        if option.type == "STRING":
+        if option.type == "STRING" and option.name != "embedding_bias_words":
             result = tuple(v for v in result if v)  # an empty string is how clients fill a tensor they must send
     if option.neutral and result not in option.neutral:
         raise ValueError(f"{where} is {_shown(result)}; this server does not implement it yet, only "
                          f"{' or '.join(_shown(n) for n in option.neutral)} is accepted")
-    if option.name == "stop_words":
+    if option.name in ("stop_words", "bad_words"):
         if len(result) > MAX_STOP_WORDS:
             raise ValueError(f"{where} has {len(result)} strings; at most {MAX_STOP_WORDS} are accepted")
         for word in result:
             if len(word.encode()) > MAX_STOP_BYTES:
                 raise ValueError(f"{where} has a string of {len(word.encode())} bytes; at most {MAX_STOP_BYTES} are accepted")
     return result
+
+
+def _bias_by_id(value: Any, where: str) -> tuple[tuple[int, float], ...]:
+    """A JSON object, or one as text; None, empty: none."""
+    if isinstance(value, (str, bytes)):
+        text = _string(value, where)
+        try:
+            value = json.loads(text) if text.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {_shown(value)}; expected a JSON object, token id to number")
+    key = Option("token", "INT32", "", low=0, high=contract.INT32_MAX)
+    return tuple(sorted((int(_number(key, k, f"a token of {where}")), float(_number(_WEIGHT, v, f"{where}[{k}]"))) for k, v in value.items()))
+
+
+def _bias(by_id: tuple[tuple[int, float], ...], words: tuple[str, ...], weights: tuple[float, ...]) -> dict[int | str, float]:
+    """Both kinds as Engine.submit takes them; a word given twice has the sum of its weights."""
+    bias: dict[int | str, float] = dict(by_id)
+    if not any(words) and not any(weights):  # how clients fill tensors that they must send
+        return bias
+    if len(words) != len(weights):
+        raise ValueError(f"embedding_bias_words has {len(words)} strings and embedding_bias_weights {len(weights)} values; one for each is expected")
+    for word, weight in zip(words, weights):
+        if word:
+            bias[word] = bias.get(word, 0.0) + weight
+    return bias
 
 
 class _Options:
@@ -118,7 +146,7 @@ class _Options:
         self.values: dict[str, tuple[Any, str]] = {}
 
     def put(self, option: Option, value: Any, where: str) -> None:
-        value = convert(option, value, where)
+        value = _bias_by_id(value, where) if option.name == "logit_bias" else convert(option, value, where)
         if option.name in self.values:
             old, old_where = self.values[option.name]
             same = np.float32(old) == np.float32(value) if option.type == "FP32" and option.dims == 1 else old == value
@@ -201,6 +229,7 @@ def parse(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any], *, e
     if "temperature" not in options:
         samples = submit["top_k"] > 1 or 0 < submit["top_p"] < 1 or submit["min_p"] > 0
         submit["temperature"] = 1.0 if samples else 0.0
+    submit["logit_bias"] = _bias(submit["logit_bias"] or (), options.get("embedding_bias_words"), options.get("embedding_bias_weights"))
     submit["top_k"] = max(submit["top_k"], 0)
     if submit["top_p"] == 0:
         submit["top_k"], submit["top_p"] = 1, 1.0

@@ -1,6 +1,7 @@
 """What goes over the wire: options to a ModelInferRequest, responses to chunks and a result. No I/O."""
 from __future__ import annotations
 
+import json
 import re
 import struct
 import time
@@ -20,6 +21,8 @@ _CODE = re.compile(r" \[([A-Z_]+)\]$")  # an error on a stream carries no status
 OPTIONS = {
     "max_tokens": ("max_tokens", "INT32"), "min_tokens": ("min_tokens", "INT32"), "temperature": ("temperature", "FP32"),
     "top_k": ("top_k", "INT32"), "top_p": ("top_p", "FP32"), "min_p": ("min_p", "FP32"), "seed": ("random_seed", "UINT64"),
+    "repetition_penalty": ("repetition_penalty", "FP32"), "presence_penalty": ("presence_penalty", "FP32"),
+    "frequency_penalty": ("frequency_penalty", "FP32"), "logit_bias": ("logit_bias", "BYTES"), "bad_words": ("bad_words", "BYTES"),
     "stop": ("stop_words", "BYTES"), "include_stop": ("include_stop", "BOOL"), "end_id": ("end_id", "INT32"),
     "stop_token_ids": ("stop_token_ids", "INT32"), "ignore_eos": ("ignore_eos", "BOOL"),
     "exclude_input": ("exclude_input_in_output", "BOOL"), "logprobs": ("return_log_probs", "BOOL"),
@@ -120,6 +123,8 @@ def make_request(model: str, prompt: str | bytes, *, stream: bool, request_id: s
             raise TypeError(f"unknown option {keyword!r}; known: {', '.join(OPTIONS)}")
         if value is None:
             continue
+        if isinstance(value, Mapping):  # logit_bias
+            value = json.dumps(dict(value))
         single = isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray))
         values = [value] if single else list(value)
         if values:

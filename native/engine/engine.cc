@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "engine/bad_words.h"
+
 namespace codefuse {
 
 namespace {
@@ -10,6 +12,8 @@ namespace {
 double seconds(std::chrono::steady_clock::time_point from, std::chrono::steady_clock::time_point to) {
   return std::chrono::duration<double>(to - from).count();
 }
+
+constexpr size_t kListedTokens = kRuleEdits / 4;  // of logit_bias and of eos_ids
 
 int64_t samples_of(const Step& s) { return int64_t(s.sampled.size()); }
 
@@ -21,6 +25,7 @@ Engine::Live::Live(int64_t id, Request&& r, const TokenBytes* table)
 Engine::Engine(std::unique_ptr<Runner> runner, TokenBytes token_bytes, const EngineOptions& options)
     : runner_(std::move(runner)),
       token_bytes_(std::move(token_bytes)),
+      tokens_by_bytes_(tokens_by_bytes(token_bytes_, runner_->config().vocab)),
       options_(options),
       depth_(options.depth > 0 ? options.depth : runner_->device() == "cpu" ? 1 : 2),
       scheduler_(runner_->limits(), options.prefill_rows) {
@@ -62,16 +67,40 @@ void Engine::validate(const Request& r) const {
   if (s.top_k < 0) throw ValueError(cat("top_k is ", s.top_k, "; expected 0 (off) or more"));
   if (!(s.top_p > 0 && s.top_p <= 1)) throw ValueError(cat("top_p is ", s.top_p, "; expected more than 0, at most 1"));
   if (!(s.min_p >= 0 && s.min_p <= 1)) throw ValueError(cat("min_p is ", s.min_p, "; expected 0..1"));
+  const Penalties& p = r.penalties;
+  if (!(p.repetition > 0) || !std::isfinite(p.repetition))
+    throw ValueError(cat("repetition_penalty is ", p.repetition, "; expected a finite number above 0"));
+  for (auto [name, value] : {std::pair("presence_penalty", p.presence), std::pair("frequency_penalty", p.frequency)})
+    if (!std::isfinite(value)) throw ValueError(cat(name, " is ", value, "; expected a finite number"));
+  if (r.logit_bias.size() > kListedTokens) throw ValueError(cat("logit_bias has ", r.logit_bias.size(), " tokens; expected at most ", kListedTokens));
+  for (auto [token, value] : r.logit_bias) {
+    if (token < 0 || token >= vocab) throw ValueError(cat("logit_bias has token ", token, "; expected 0..", vocab - 1));
+    if (!(value < INFINITY)) throw ValueError(cat("logit_bias of token ", token, " is ", value, "; expected a finite number, or -inf to ban it"));
+  }
+  size_t bad_bytes = 0;
+  for (size_t i = 0; i < r.bad_words.size(); ++i) {
+    if (r.bad_words[i].empty()) throw ValueError(cat("bad_words[", i, "] is empty"));
+    bad_bytes += r.bad_words[i].size();
+  }
+  if (bad_bytes > 65536) throw ValueError(cat("bad_words has ", bad_bytes, " bytes; expected at most 65536"));
   size_t stop_bytes = 0;
   for (size_t i = 0; i < r.stop.size(); ++i) {
     if (r.stop[i].empty()) throw ValueError(cat("stop[", i, "] is empty"));
     stop_bytes += r.stop[i].size();
   }
   if (stop_bytes > 65536) throw ValueError(cat("stop has ", stop_bytes, " bytes; expected at most 65536"));
+  if (r.eos_ids.size() > kListedTokens) throw ValueError(cat("eos_ids has ", r.eos_ids.size(), " tokens; expected at most ", kListedTokens));
   for (size_t i = 0; i < r.eos_ids.size(); ++i)
     if (r.eos_ids[i] < 0 || r.eos_ids[i] >= vocab)
       throw ValueError(cat("eos_ids[", i, "] is ", r.eos_ids[i], "; expected 0..", vocab - 1));
   if (!r.outbox) throw ValueError("outbox is missing");
+}
+
+void Engine::add_rules(Request& r) const {
+  if (!r.logit_bias.empty() || r.penalties.any() || (r.min_tokens > 0 && !r.eos_ids.empty()))
+    r.rules.push_back(std::make_unique<TokenRules>(r.logit_bias, r.penalties, r.prompt, r.eos_ids, r.min_tokens));
+  if (!r.bad_words.empty())
+    r.rules.push_back(std::make_unique<BadWords>(r.bad_words, &token_bytes_, &tokens_by_bytes_, runner_->config().vocab, r.prompt));
 }
 
 int64_t Engine::submit(Request request) {
@@ -81,6 +110,7 @@ int64_t Engine::submit(Request request) {
   };
   try {
     validate(request);
+    add_rules(request);
   } catch (...) {
     refuse();
     throw;

@@ -14,6 +14,7 @@
 #include "engine/outbox.h"
 #include "engine/scheduler.h"
 #include "engine/text.h"
+#include "engine/token_rules.h"
 #include "model/runner.h"
 
 namespace codefuse {
@@ -33,10 +34,13 @@ struct Request {
   std::vector<int32_t> prompt;
   int max_tokens = 128;
   SampleParams sample;
+  LogitBias logit_bias;
+  Penalties penalties;
+  std::vector<std::string> bad_words;  // bytes that prompt and text do not contain where they meet or after; none empty
   std::vector<std::string> stop;  // bytes; none empty
   bool include_stop = false;
   std::vector<int32_t> eos_ids;
-  int min_tokens = 0;             // eos and stop strings do not end the text before
+  int min_tokens = 0;             // eos is not sampled before, stop strings do not end the text
   bool stream = true;             // false: only the last output is delivered
   bool logprobs = false;
   RuleList rules;                 // what else decides about its tokens; they pass to the scheduler
@@ -86,6 +90,7 @@ class Engine {
   };
 
   void validate(const Request& r) const;
+  void add_rules(Request& r) const;
   void run();
   void serve();
   bool take_commands();  // false: the thread is to end
@@ -98,6 +103,7 @@ class Engine {
 
   std::unique_ptr<Runner> runner_;
   TokenBytes token_bytes_;
+  std::vector<int32_t> tokens_by_bytes_;
   EngineOptions options_;
   int depth_;
 

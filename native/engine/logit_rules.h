@@ -18,12 +18,15 @@ class LogitChanges {
   void ban(int32_t token);  // add = -inf
   // Only these tokens; with several rules those that all of them allow, at least one. Stronger than a ban.
   void allow_only(const std::vector<uint32_t>& mask /*[mask_words(vocab)]*/);
+  // None of these tokens, unless nothing would be left. Any number of them, unlike bans.
+  void forbid(const std::vector<uint32_t>& mask /*[mask_words(vocab)]*/, int vocab);
   // As those of the batch's next sample; edit_begin has its first 0 already.
   void append_to(Batch* batch);
 
  private:
   std::vector<LogitEdit> edits_;
-  std::vector<uint32_t> mask_;  // empty: every token is allowed
+  std::vector<uint32_t> mask_;       // empty: every token is allowed
+  std::vector<uint32_t> forbidden_;  // empty: none; the bits from vocab on are set
 };
 
 class LogitRules {

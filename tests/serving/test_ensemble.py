@@ -4,12 +4,14 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from codefuse_triton_client import AsyncClient, Client, Result
 from serving_helpers import PROMPT, PlainStream, generate, generate_stream, post, tensor
 
+from codefuse_triton import Vocab
 from codefuse_triton.triton_server import TritonServer
 
 PROMPTS = [f"def function_{i}(self, value):\n" for i in range(24)]
@@ -70,6 +72,25 @@ def test_our_client(client: Client) -> None:
     assert 0 < result.timings.first_chunk_s < result.timings.total_s
     assert client.complete(PROMPT, max_tokens=200).text == result.text
     assert client.is_ready()
+
+
+def test_biases_penalties_and_bad_words(server: TritonServer, client: Client, weights: Path) -> None:
+    plain = client.complete(PROMPT, max_tokens=60)
+    word = plain.text[10:13]
+    without = client.complete(PROMPT, max_tokens=60, bad_words=[word, "return"])
+    assert word in plain.text and word not in without.text and "return" not in without.text
+    assert client.complete(PROMPT, max_tokens=60, repetition_penalty=1.5, frequency_penalty=0.5).text != plain.text
+    vocab = Vocab.load(weights)  # the three ways to say one bias
+    (id,) = [i for i in vocab.encode("pass") if b"pass" in vocab.token_bytes[i]]
+    text = client.complete(PROMPT, max_tokens=8, logit_bias={id: 100.0}).text
+    assert text == vocab.decode([id]).decode() * 8
+    fields = dict(text_input=PROMPT, max_tokens=8)
+    assert generate(server, **fields, sampling_parameters=json.dumps({"logit_bias": {str(id): 100}}))["text_output"] == text
+    stream = PlainStream(server, "ensemble", [
+        tensor("text_input", "BYTES", [PROMPT.encode()]), tensor("max_tokens", "INT32", [8]),
+        tensor("embedding_bias_words", "BYTES", [b"pass", b"pass"]), tensor("embedding_bias_weights", "FP32", [60.0, 40.0])])
+    assert "pass" in list(stream)[-1].as_numpy("text_output")[0].decode()
+    stream.close()
 
 
 def test_asyncio_client(server: TritonServer, client: Client) -> None:

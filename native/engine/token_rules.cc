@@ -1,0 +1,41 @@
+#include "engine/token_rules.h"
+
+#include <algorithm>
+#include <limits>
+
+namespace codefuse {
+
+TokenRules::TokenRules(const LogitBias& bias, const Penalties& penalties, const std::vector<int32_t>& prompt, const std::vector<int32_t>& end_ids, int min_tokens)
+    : penalties_(penalties), min_tokens_(min_tokens) {
+  if (penalties.repetition != 1.f) {
+    std::vector<int32_t> tokens = prompt;
+    std::sort(tokens.begin(), tokens.end());
+    tokens.erase(std::unique(tokens.begin(), tokens.end()), tokens.end());
+    for (int32_t t : tokens) {
+      entries_.push_back({t});
+      entries_.back().prompt = true;
+    }
+  }
+  for (auto [token, value] : bias) entry(token).bias += value;
+  if (min_tokens > 0)
+    for (int32_t t : end_ids) entry(t).end = true;
+}
+
+TokenRules::Entry& TokenRules::entry(int32_t token) {
+  auto at = std::lower_bound(entries_.begin(), entries_.end(), token, [](const Entry& e, int32_t t) { return e.token < t; });
+  return at != entries_.end() && at->token == token ? *at : *entries_.insert(at, {token});
+}
+
+void TokenRules::prepare(const std::vector<int32_t>& generated, int index, LogitChanges* changes) {
+  if (penalties_.any())
+    for (; counted_ < generated.size(); ++counted_) ++entry(generated[counted_]).count;
+  for (const Entry& e : entries_) {
+    float add = e.bias;
+    if (e.count > 0) add -= penalties_.presence + penalties_.frequency * float(e.count);
+    if (e.end && index < min_tokens_) add = -std::numeric_limits<float>::infinity();
+    const float penalty = e.prompt || e.count > 0 ? penalties_.repetition : 1.f;
+    if (add != 0.f || penalty != 1.f) changes->edit(e.token, add, penalty);
+  }
+}
+
+}  // namespace codefuse
