@@ -68,13 +68,16 @@ py::typing::Dict<py::str, py::object> stats(const Engine& engine) {
   d["queue"] = s.queue;
   d["pages"] = s.pages;
   d["free_pages"] = s.free_pages;
+  d["cached_pages"] = s.cached_pages;
   d["page_tokens"] = kPageTokens;
   d["steps"] = s.steps;
   d["step_s"] = s.step_s;
   d["prefill_tokens"] = s.prefill_tokens;
   d["decode_tokens"] = s.decode_tokens;
+  d["cached_tokens"] = s.cached_tokens;
   d["wasted_rows"] = s.wasted_rows;
   d["preemptions"] = s.preemptions;
+  d["evictions"] = s.evictions;
   d["submitted"] = s.submitted;
   d["refused"] = s.refused;
   d["finished"] = finished;
@@ -84,9 +87,9 @@ py::typing::Dict<py::str, py::object> stats(const Engine& engine) {
 
 std::unique_ptr<Engine> make_engine(const std::string& weights, const std::vector<py::bytes>& token_bytes, const std::string& device,
                                     const std::string& dtype, int tensor_parallel, int slots, int prefill_tokens, int max_len, int64_t kv_bytes,
-                                    int queue, int threads, int depth) {
+                                    int queue, int threads, int depth, const std::string& prefix_cache) {
   if (prefill_tokens < 1 || prefill_tokens > 65536) throw ValueError(cat("prefill_tokens is ", prefill_tokens, "; expected 1..65536"));
-  const EngineOptions engine_options{prefill_tokens, queue, depth};
+  const EngineOptions engine_options{prefill_tokens, queue, depth, prefix_cache};
   Engine::check(engine_options);
   RunnerOptions options;
   options.weights = weights;
@@ -107,7 +110,7 @@ int64_t submit(Engine& engine, std::vector<int32_t> prompt, std::shared_ptr<Outb
                float top_p, float min_p, std::optional<uint64_t> seed, const std::vector<std::pair<int32_t, float>>& logit_bias,
                float repetition_penalty, float presence_penalty, float frequency_penalty, const std::vector<py::bytes>& bad_words,
                const std::vector<py::bytes>& stop, bool include_stop,
-               std::vector<int32_t> eos_ids, int min_tokens, bool stream, bool logprobs) {
+               std::vector<int32_t> eos_ids, int min_tokens, bool stream, bool logprobs, const py::bytes& cache_salt) {
   Request r;
   r.prompt = std::move(prompt);
   r.max_tokens = max_tokens;
@@ -121,6 +124,7 @@ int64_t submit(Engine& engine, std::vector<int32_t> prompt, std::shared_ptr<Outb
   r.min_tokens = min_tokens;
   r.stream = stream;
   r.logprobs = logprobs;
+  r.cache_salt = cache_salt;
   r.outbox = std::move(outbox);
   py::gil_scoped_release unlocked;
   return engine.submit(std::move(r));
@@ -177,12 +181,14 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Engine>(m, "Engine", "The engine on token ids and bytes; codefuse_triton.Engine wraps it.")
       .def(py::init(&make_engine), py::arg("weights"), py::arg("token_bytes"), py::kw_only(), py::arg("device") = "auto",
            py::arg("dtype") = "auto", py::arg("tensor_parallel") = 1, py::arg("slots") = 16, py::arg("prefill_tokens") = 512,
-           py::arg("max_len") = 0, py::arg("kv_bytes") = 0, py::arg("queue") = 256, py::arg("threads") = 0, py::arg("depth") = 0)
+           py::arg("max_len") = 0, py::arg("kv_bytes") = 0, py::arg("queue") = 256, py::arg("threads") = 0, py::arg("depth") = 0,
+           py::arg("prefix_cache") = "on")
       .def("submit", &submit, py::arg("prompt"), py::arg("outbox"), py::kw_only(), py::arg("max_tokens") = 128,
            py::arg("temperature") = 0.0, py::arg("top_k") = 0, py::arg("top_p") = 1.0, py::arg("min_p") = 0.0,
            py::arg("seed") = py::none(), py::arg("logit_bias") = std::vector<std::pair<int32_t, float>>(), py::arg("repetition_penalty") = 1.0,
            py::arg("presence_penalty") = 0.0, py::arg("frequency_penalty") = 0.0, py::arg("bad_words") = py::typing::List<py::bytes>(), py::arg("stop") = py::typing::List<py::bytes>(), py::arg("include_stop") = false,
            py::arg("eos_ids") = std::vector<int32_t>(), py::arg("min_tokens") = 0, py::arg("stream") = true, py::arg("logprobs") = false,
+           py::arg("cache_salt") = py::bytes(),
            "Uid of the new request; its chunks go to outbox.")
       .def("cancel", &Engine::cancel, py::arg("uid"), py::call_guard<py::gil_scoped_release>(),
            "False when the request is unknown or has ended.")

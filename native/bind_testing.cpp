@@ -44,6 +44,7 @@ Batch to_batch(const py::dict& d) {
   for (auto& [token, add, penalty] : field<std::vector<std::tuple<int32_t, float, float>>>(d, "edits", {})) b.edits.push_back({token, add, penalty});
   b.mask_of = field<std::vector<int32_t>>(d, "mask_of", {});
   b.masks = field<std::vector<uint32_t>>(d, "masks", {});
+  for (auto& c : field<std::vector<std::array<int32_t, 3>>>(d, "copies", {})) b.copies.push_back({c[0], c[1], c[2]});
   b.table_slot = field<std::vector<int32_t>>(d, "table_slot", {});
   b.table = field<std::vector<int32_t>>(d, "table", {});
   return b;
@@ -179,6 +180,16 @@ class TestOps {
     Buffer a = in(g, ops_->act()), b = in(up, ops_->act()), y = in_place ? b : out({g.shape(0), g.shape(1)}, ops_->act());
     run(batch, [&] { ops_->gate(y.data, a.data, b.data, parse_activation(activation), int(g.shape(1))); });
     return read(y);
+  }
+
+  // k, v: [layers, pages, kv_heads, kPageTokens, D] before; returns k, v after
+  py::tuple copy_pages(const py::dict& batch, const Floats& k, const Floats& v, int kv_heads) {
+    Buffer kb = in(k, ops_->act()), vb = in(v, ops_->act());
+    const size_t layer = kb.bytes() / size_t(k.shape(0));
+    std::vector<KvLayer> layers;
+    for (size_t i = 0; i < size_t(k.shape(0)); ++i) layers.push_back({static_cast<char*>(kb.data) + i * layer, static_cast<char*>(vb.data) + i * layer});
+    run(batch, [&] { ops_->copy_pages(layers, config_, kv_heads); });
+    return py::make_tuple(read(kb), read(vb));
   }
 
   // k, v: [pages, kv_heads, kPageTokens, D] before; returns qkv, k, v after
@@ -375,6 +386,7 @@ void bind_testing(py::module_& module) {
            "add_bias"_a = true)
       .def("logits", &TestOps::logits, "batch"_a, "x"_a, "weight"_a, "format"_a = "f32", "bias"_a = py::none())
       .def("gate", &TestOps::gate, "batch"_a, "gate"_a, "up"_a, "activation"_a, "in_place"_a = false)
+      .def("copy_pages", &TestOps::copy_pages, "batch"_a, "k"_a, "v"_a, "kv_heads"_a)
       .def("rope_store", &TestOps::rope_store, "batch"_a, "qkv"_a, "k"_a, "v"_a, "heads"_a, "kv_heads"_a)
       .def("attention", &TestOps::attention, "batch"_a, "qkv"_a, "k"_a, "v"_a, "heads"_a, "kv_heads"_a)
       .def("rope_attention", &TestOps::rope_attention, "batch"_a, "qkv"_a, "k"_a, "v"_a, "heads"_a, "kv_heads"_a)

@@ -23,6 +23,7 @@ struct FakeOptions {
   int fail_launch = -1, fail_collect = -1;  // step that fails
   int64_t step_us = 0;                      // device time of a step
   int64_t launch_us = 0;                    // host time of launch
+  bool rows_alike = false;                  // the kind of a row does not count
 };
 
 // Emulates a device: a thread runs steps in order, launch() returns at once. One KV "vector" is the (token, position, kind) that
@@ -52,6 +53,7 @@ class FakeRunner final : public Runner {
   std::string device() const override { return device_; }
   std::string dtype() const override { return "float32"; }
   int64_t weight_bytes() const override { return 0; }
+  bool rows_alike() const override { return options_.rows_alike; }
 
   void launch(const Batch& batch, int ticket) override {
     if (options_.launch_us > 0) std::this_thread::sleep_for(std::chrono::microseconds(options_.launch_us));
@@ -135,7 +137,9 @@ class FakeRunner final : public Runner {
     std::map<int32_t, const int32_t*> table;  // slot -> its pages
     for (size_t i = 0; i < b.table_slot.size(); ++i) table[b.table_slot[i]] = b.table.data() + i * size_t(table_width);
     std::set<std::pair<int32_t, int>> written;  // (page, offset)
-    std::map<int32_t, int32_t> owner;           // page -> slot
+    std::map<int32_t, int32_t> writer;          // page -> slot
+    for (const PageCopy& c : b.copies)
+      for (int i = 0; i < c.tokens; ++i) store_[size_t(c.to) * kPageTokens + size_t(i)] = store_[size_t(c.from) * kPageTokens + size_t(i)];
     for (int r = 0; r < rows; ++r) {
       const int32_t slot = b.slot[size_t(r)], position = b.position[size_t(r)];
       int32_t token = b.token[size_t(r)];
@@ -143,7 +147,8 @@ class FakeRunner final : public Runner {
       expect(token >= 0, "last token of a slot that sampled none");
       const int32_t page = table[slot][position / kPageTokens];
       expect(written.emplace(page, position % kPageTokens).second, "two rows write one KV place");
-      store_[size_t(page) * kPageTokens + size_t(position % kPageTokens)] = {token, position, r >= b.decode_rows};
+      expect(writer.emplace(page, slot).first->second == slot, "two sequences write one page");
+      store_[size_t(page) * kPageTokens + size_t(position % kPageTokens)] = {token, position, r >= b.decode_rows && !options_.rows_alike};
     }
     Sampled out;
     for (size_t i = 0; i < b.logit_row.size(); ++i) {
@@ -153,8 +158,8 @@ class FakeRunner final : public Runner {
       uint64_t hash = 14695981039346656037ull;
       for (int p = 0; p <= position; ++p) {
         const int32_t page = table[slot][p / kPageTokens];
-        auto [it, is_new] = owner.emplace(page, slot);
-        expect(it->second == slot, "one page in two sequences");
+        const auto wrote = writer.find(page);
+        expect(wrote == writer.end() || wrote->second == slot, "a sequence reads a page that another one writes");
         const Cell& c = store_[size_t(page) * kPageTokens + size_t(p % kPageTokens)];
         expect(c.position == p, "KV of another position");
         hash = (hash ^ uint64_t(c.token * 2 + c.kind)) * 1099511628211ull;
@@ -220,25 +225,28 @@ void bind_testing_engine(py::module_& module) {
   py::module_ m = module.def_submodule("testing");
 
   m.def("fake_engine", [](int slots, int prefill_tokens, int max_len, int pages, int queue, int vocab, TokenBytes token_bytes,
-                          const std::string& device, int depth, int fail_launch, int fail_collect, int64_t step_us, int64_t launch_us) {
+                          const std::string& device, int depth, int fail_launch, int fail_collect, int64_t step_us, int64_t launch_us, bool rows_alike,
+                          const std::string& prefix_cache) {
     auto runner = std::make_unique<FakeRunner>(limits_of(slots, prefill_tokens + slots, max_len, pages), vocab, device,
-                                               FakeOptions{fail_launch, fail_collect, step_us, launch_us});
-    return std::make_unique<Engine>(std::move(runner), std::move(token_bytes), EngineOptions{prefill_tokens, queue, depth});
+                                               FakeOptions{fail_launch, fail_collect, step_us, launch_us, rows_alike});
+    return std::make_unique<Engine>(std::move(runner), std::move(token_bytes), EngineOptions{prefill_tokens, queue, depth, prefix_cache});
   }, py::kw_only(), py::arg("slots") = 4, py::arg("prefill_tokens") = 16, py::arg("max_len") = 256, py::arg("pages") = 32, py::arg("queue") = 16,
      py::arg("vocab") = 64, py::arg("token_bytes") = TokenBytes(), py::arg("device") = "fake", py::arg("depth") = 0,
-     py::arg("fail_launch") = -1, py::arg("fail_collect") = -1, py::arg("step_us") = 0, py::arg("launch_us") = 0);
+     py::arg("fail_launch") = -1, py::arg("fail_collect") = -1, py::arg("step_us") = 0, py::arg("launch_us") = 0, py::arg("rows_alike") = false,
+     py::arg("prefix_cache") = "on");
 
   m.def("bubbles", [](const Engine& e) { return dynamic_cast<const FakeRunner&>(e.runner()).bubbles(); });
 
   py::class_<Scheduler>(m, "Scheduler")
-      .def(py::init([](int slots, int rows, int prefill_rows, int max_len, int pages) {
-        return std::make_unique<Scheduler>(limits_of(slots, rows, max_len, pages), prefill_rows);
-      }), py::kw_only(), py::arg("slots"), py::arg("rows"), py::arg("prefill_rows"), py::arg("max_len"), py::arg("pages"))
-      .def("add", [](Scheduler& s, int64_t uid, std::vector<int32_t> prompt, int max_tokens, int waiting) {
+      .def(py::init([](int slots, int rows, int prefill_rows, int max_len, int pages, const std::string& reuse) {
+        const std::map<std::string, Reuse> kinds{{"none", Reuse::none}, {"same rows", Reuse::same_rows}, {"any rows", Reuse::any_rows}};
+        return std::make_unique<Scheduler>(limits_of(slots, rows, max_len, pages), prefill_rows, kinds.at(reuse));
+      }), py::kw_only(), py::arg("slots"), py::arg("rows"), py::arg("prefill_rows"), py::arg("max_len"), py::arg("pages"), py::arg("reuse"))
+      .def("add", [](Scheduler& s, int64_t uid, std::vector<int32_t> prompt, int max_tokens, const std::string& salt, int waiting) {
         RuleList rules;
         if (waiting >= 0) rules.push_back(std::make_unique<ScriptedRule>(waiting, 64));
-        s.add(uid, std::move(prompt), max_tokens, {}, std::move(rules));
-      }, py::arg("uid"), py::arg("prompt"), py::arg("max_tokens"), py::arg("waiting") = -1)
+        s.add(uid, std::move(prompt), max_tokens, {}, std::move(rules), salt);
+      }, py::arg("uid"), py::arg("prompt"), py::arg("max_tokens"), py::arg("salt") = "", py::arg("waiting") = -1)
       .def("accept", &Scheduler::accept)
       .def("remove", &Scheduler::remove)
       .def("schedule", [](Scheduler& s) -> py::object {
@@ -263,12 +271,18 @@ void bind_testing_engine(py::module_& module) {
         d["table_slot"] = b.table_slot;
         d["table"] = b.table;
         d["sampled"] = step.sampled;
-        d["admitted"] = step.admitted;
+        py::list admitted, copies;
+        for (const Admission& a : step.admitted) admitted.append(py::make_tuple(a.uid, a.cached));
+        for (const PageCopy& c : b.copies) copies.append(py::make_tuple(c.from, c.to, c.tokens));
+        d["admitted"] = admitted;
+        d["copies"] = copies;
         return d;
       })
       .def_property_readonly("running", &Scheduler::running)
       .def_property_readonly("waiting", &Scheduler::waiting)
       .def_property_readonly("free_pages", &Scheduler::free_pages)
+      .def_property_readonly("cached_pages", &Scheduler::cached_pages)
+      .def_property_readonly("evictions", &Scheduler::evictions)
       .def_property_readonly("preemptions", &Scheduler::preemptions);
 
   py::class_<KvPages>(m, "KvPages")
@@ -276,8 +290,42 @@ void bind_testing_engine(py::module_& module) {
       .def("take", &KvPages::take)
       .def("share", &KvPages::share)
       .def("release", &KvPages::release)
+      .def("keep", &KvPages::keep)
+      .def("drop", &KvPages::drop)
       .def("references", &KvPages::references)
-      .def_property_readonly("free", &KvPages::free);
+      .def_property_readonly("free", &KvPages::free)
+      .def_property_readonly("idle", &KvPages::idle);
+
+  // One sequence's pages of one tree, as the scheduler would hold them.
+  struct Tree {
+    KvPages pages;
+    PrefixCache cache{&pages};
+    explicit Tree(int n) : pages(n) {}
+  };
+  py::class_<Tree>(m, "PrefixCache")
+      .def(py::init<int>(), py::arg("pages"))
+      // A sequence that computes keys and ends; the pages that it used. Nothing is taken over.
+      .def("put", [](Tree& t, const std::vector<int32_t>& keys, const std::string& salt) {
+        std::vector<int32_t> pages;
+        for (size_t i = 0; i < keys.size(); i += kPageTokens) {
+          if (t.pages.free() == 0 && !t.cache.evict()) throw std::runtime_error("no page");
+          pages.push_back(t.pages.take());
+        }
+        const std::vector<int32_t> used = pages;
+        t.cache.touch(t.cache.insert(salt, nullptr, keys, &pages));
+        for (int32_t page : pages) t.pages.release(page);
+        return used;
+      }, py::arg("keys"), py::arg("salt") = "")
+      // (tokens, full pages, page to copy from or -1) of the longest match, held until it is released.
+      .def("find", [](Tree& t, const std::vector<int32_t>& keys, const std::string& salt) {
+        const PrefixCache::Match match = t.cache.find(salt, keys);
+        return py::make_tuple(match.tokens, match.pages, match.partial);
+      }, py::arg("keys"), py::arg("salt") = "")
+      .def("release", [](Tree& t, int32_t page) { t.pages.release(page); })
+      .def("evict", [](Tree& t) { return t.cache.evict(); })
+      .def_property_readonly("nodes", [](const Tree& t) { return t.cache.nodes(); })
+      .def_property_readonly("free", [](const Tree& t) { return t.pages.free(); })
+      .def_property_readonly("idle", [](const Tree& t) { return t.pages.idle(); });
 
   // Pieces of the text of tokens 0, 1, ..: [(ids, text)] as released after each token and at the end; the stop string found.
   m.def("cut_text", [](const TokenBytes& tokens, std::vector<std::string> stops, bool include_stop, int min_tokens) {

@@ -59,8 +59,8 @@ class Pages:
         return t + [0] * (self.max_pages - len(t))
 
 
-def make_batch(pages: Pages, decode=(), prefill=(), logits="last", sample=None) -> dict:
-    """decode: (slot, token, position) rows. prefill: (slot, tokens, position of the first) chunks.
+def make_batch(pages: Pages, decode=(), prefill=(), logits="last", sample=None, copies=()) -> dict:
+    """decode: (slot, token, position) rows. prefill: (slot, tokens, position of the first) chunks. copies: (from, to, tokens) of pages.
     logits: "last" (every decode row and every chunk's last row), "all", "none" or row numbers."""
     b = dict(decode_rows=len(decode), token=[], slot=[], position=[], chunks=[])
     for slot, token, position in decode:
@@ -74,6 +74,7 @@ def make_batch(pages: Pages, decode=(), prefill=(), logits="last", sample=None) 
     rows = {"last": last, "all": list(range(len(b["token"]))), "none": []}
     b["logit_row"] = rows[logits] if isinstance(logits, str) else list(logits)
     b["sample"] = sample or []
+    b["copies"] = list(copies)
     b["table_slot"] = sorted(set(b["slot"]))
     b["table"] = sum((pages.table(s, 1 + max(p for p, q in zip(b["position"], b["slot"]) if q == s)) for s in b["table_slot"]), [])
     return b

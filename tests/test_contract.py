@@ -72,7 +72,7 @@ def test_submit_keywords_are_the_engines() -> None:
 def test_defaults() -> None:
     assert submit() == dict(max_tokens=128, min_tokens=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=None, stop=(), logit_bias={},
                             repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, bad_words=(),
-                            include_stop=False, ignore_eos=False, stream=False, logprobs=False)
+                            include_stop=False, ignore_eos=False, stream=False, logprobs=False, cache_salt="")
 
 
 @pytest.mark.parametrize("given, temperature", [

@@ -289,6 +289,20 @@ def test_rope_attention(dtype, shape):
             np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layers,kv_heads,head_dim", [(1, 1, 8), (3, 5, 128), (2, 40, 128), (4, 3, 80), (1, 2, 256), (130, 1, 16)])
+def test_copy_pages(dtype, layers, kv_heads, head_dim):
+    rng, pages = np.random.default_rng(3), 24
+    both = Both(dtype, pages, heads=kv_heads, kv_heads=kv_heads, head_dim=head_dim)
+    k, v = (both.round(rng.standard_normal((layers, pages, kv_heads, PAGE, head_dim)).astype(np.float32)) for _ in range(2))
+    batch = make_batch(Pages(SLOTS, MAX_LEN, pages), prefill=[(0, [1], 0)], logits="none")
+    others = [p for p in range(pages) if p != batch["table"][0]]
+    batch["copies"] = [(others[0], others[i], t) for i, t in enumerate((1, 7, 16, 30, 31), 1)] + [(others[7], others[8], 31)]
+    for want, got, old in zip(*both.call("copy_pages", batch, k, v, kv_heads), (k, v)):
+        np.testing.assert_array_equal(got, want)
+        assert not np.array_equal(got, old)
+
+
 FAR = [dict(heads=4, kv_heads=4, head_dim=128, rope_dim=32), dict(heads=8, kv_heads=1, head_dim=64, rope_dim=64),
        dict(heads=6, kv_heads=2, head_dim=128, rope_dim=128, window=1500), dict(heads=3, kv_heads=1, head_dim=96, rope_dim=0),
        dict(heads=1, kv_heads=1, head_dim=256, rope_dim=64)]
@@ -429,6 +443,12 @@ def test_model(tmp_path, fields):
             pages = pages_of(r, 5)
             parts = [r.logits(make_batch(pages, prefill=[(1, tokens[i:min(i + chunk, 64)], i)], logits="all")) for i in range(0, 64, chunk)]
             np.testing.assert_array_equal(np.concatenate(parts), whole)
+        pages = pages_of(r, 5)  # the first 50 tokens from another sequence: a page of its own and 18 tokens copied
+        r.logits(make_batch(pages, prefill=[(1, tokens[:64], 0)]))
+        table, new = pages.table(1, 64), pages.table(2, 64)
+        batch = make_batch(pages, prefill=[(2, tokens[50:64], 50)], logits="all", copies=[(table[1], new[1], 18)])
+        batch["table"] = table[:1] + new[1:]
+        np.testing.assert_array_equal(r.logits(batch), whole[50:])
         together = greedy(r, prompts, 40, True)  # 4 rows: recorded and replayed
         assert together == greedy(r, prompts, 40, False)
         assert together == greedy(r, prompts, 40, True, chunk=16)

@@ -24,9 +24,9 @@ ON = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[
     pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason=f"no CUDA device: {_native.devices()[1]}")])], scope="module")
 
 
-def load(directory, device="cpu", pages=20, **options) -> Engine:
+def load(directory, device="cpu", pages=20, dtype="float32", **options) -> Engine:
     token_bytes = [bytes([33 + i % 90]) for i in range(131)]
-    native = _native.Engine(str(directory), token_bytes, device=device, dtype="float32", kv_bytes=pages * PAGE_BYTES, threads=2, **options)
+    native = _native.Engine(str(directory), token_bytes, device=device, dtype=dtype, kv_bytes=pages * PAGE_BYTES, threads=2, **options)
     return Engine._of(native, Vocab.none(str(directory)))
 
 
@@ -106,6 +106,72 @@ def test_results_do_not_depend_on_company(tiny, alone, variant, device):
             np.testing.assert_allclose(g.logprobs, w.logprobs, atol=1e-4)
         else:
             assert g.logprobs.tobytes() == w.logprobs.tobytes()
+
+
+def editing(seed: int):
+    """Prompts as an editor sends them: typed on, taken back, and with the text of an earlier answer (its number) taken in."""
+    rng, text = random.Random(seed), [5] * 3
+    for i in range(14):
+        answer = rng.randrange(i) if i and rng.random() < 0.4 else None
+        typed = [rng.randrange(3, 131) for _ in range(rng.choice([1, 1, 2, 30, 40]))]
+        if rng.random() < 0.3:
+            text = text[: rng.randint(1, len(text))]
+        text = (text + typed)[:100]
+        yield list(text), answer
+
+
+EDITED = {
+    "one after the other": dict(slots=2, pages=60),
+    "two steps in flight": dict(slots=2, pages=60, depth=2),
+    "chunks of 7": dict(slots=3, pages=60, prefill_tokens=7),
+    "preempted": dict(slots=8, pages=8, prefill_tokens=17),
+    "preempted, two steps in flight": dict(slots=8, pages=8, depth=2),
+}
+
+
+@ON
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.gpu), pytest.param("bfloat16", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("variant", EDITED)
+def test_warm_equals_cold(tiny, variant, device, dtype):
+    """Bit for bit, log-probabilities too: what the prefix cache gives is what would have been computed."""
+    if device == "cpu" and dtype != "float32":
+        pytest.skip("the CPU computes in float32")
+    options = EDITED[variant]
+    with load(tiny[1], device, dtype=dtype, slots=1, prefix_cache="off") as cold, load(tiny[1], device, dtype=dtype, **options) as warm:
+        answers, reused = [], 0
+        for round, (text, taken) in enumerate(editing(3)):
+            prompt = (text + answers[taken])[:120] if taken is not None else text
+            asked = {"max_tokens": 30, "seed": round, "temperature": 0.8 * (round % 2)}
+            want, = run_together(cold, [(prompt, asked)])
+            # with others of the same beginning beside it, one of them cancelled half way
+            leaving = warm.stream(prompt[: len(prompt) // 2 + 1], max_tokens=40, ignore_eos=True)
+            next(leaving)
+            rest = run_together(warm, [(prompt, asked)] * 3)
+            leaving.close()
+            for got in rest + run_together(warm, [(prompt, asked)]):
+                assert got.token_ids.tolist() == want.token_ids.tolist()
+                assert got.logprobs.tobytes() == want.logprobs.tobytes()
+                reused += got.num_cached_tokens
+            assert got.num_cached_tokens == len(prompt) - 1 or "preempted" in variant
+            answers.append(want.token_ids.tolist())
+        stats = warm.stats()
+        while stats["running"] + stats["waiting"]:
+            stats = warm.stats()
+        assert reused > 0 and cold.stats()["cached_tokens"] == 0
+        assert stats["free_pages"] == stats["pages"]
+        if "preempted" in variant:
+            assert stats["preemptions"] > 0 and stats["evictions"] > 0
+
+
+@ON
+def test_generated_text_is_taken_over(tiny, device):
+    for mode in ("on", "generated"):
+        with load(tiny[1], device, prefix_cache=mode) as engine:
+            prompt = prompts(1)[0] + [7] * 20
+            text = engine.generate(prompt, max_tokens=30, ignore_eos=True).token_ids.tolist()
+            again = engine.generate(prompt + text + [9], max_tokens=3, ignore_eos=True)
+            alike = device == "cpu" or mode == "generated"
+            assert len(prompt) + 28 * alike <= again.num_cached_tokens <= len(prompt) + 29 * alike
 
 
 @ON

@@ -254,6 +254,21 @@ def test_attention_sees_one_wrong_value():
     same_bits(wrong[:PAGE + 3], right[:PAGE + 3])  # rows before it do not see it
 
 
+def test_copy_pages():
+    """The first places of a page in every layer and head, and nothing else."""
+    ops = planned(heads=6, kv_heads=3, head_dim=16)
+    k, v = normal(2, PAGES, 3, PAGE, 16, seed=1), normal(2, PAGES, 3, PAGE, 16, seed=2)
+    b = make_batch(Pages(SLOTS, MAX_LEN, PAGES), prefill=[(0, [1], 70)], logits="none")
+    to = b["table"][2]
+    others = [p for p in range(PAGES) if p not in b["table"][:3]]
+    b["copies"] = [(others[0], to, 6), (others[0], others[1], 31), (others[2], others[3], 1)]
+    got_k, got_v = ops.copy_pages(b, k, v, 3)
+    for got, want in ((got_k, k.copy()), (got_v, v.copy())):
+        for source, target, tokens in b["copies"]:
+            want[:, target, :, :tokens] = want[:, source, :, :tokens]
+        same_bits(got, want)
+
+
 # ---- refused batches and devices -----------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +283,14 @@ def test_attention_sees_one_wrong_value():
     (dict(table=[0]), "table has 1 elements; expected 7"),
     (dict(chunks=[(0, 2, 0, 0)]), "chunks end at row 2 of 3"),
     (dict(decode_rows=1), "chunk 0"),
+    (dict(copies=[(64, 1, 3)]), "copies.from.*64.*0 to 63"),
+    (dict(copies=[(1, -1, 3)]), "copies.to.*-1.*0 to 63"),
+    (dict(copies=[(1, 2, 0)]), "copies.tokens.*0; expected 1 to 31"),
+    (dict(copies=[(1, 2, 32)]), "copies.tokens.*32; expected 1 to 31"),
+    (dict(copies=[(1, 2, 3), (3, 2, 3)]), "copy 0 writes page 2, which copy 1 uses"),
+    (dict(copies=[(1, 2, 3), (2, 3, 3)]), "copy 0 writes page 2, which copy 1 uses"),
+    (dict(copies=[(1, 1, 3)]), "copy 0 writes page 1, which copy 0 uses"),
+    (dict(copies=[(1, 3, 3)], table=[3] + [0] * 6), "copy 0 writes 3 tokens of page 3; slot 0 goes on at position 0"),
 ])
 def test_bad_batches_are_refused(change, message):
     ops = planned()

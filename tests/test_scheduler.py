@@ -9,8 +9,8 @@ from fake_model import expected, fake_engine
 PAGE = 32
 
 
-def make(slots=2, rows=20, prefill_rows=16, max_len=256, pages=8):
-    return _native.testing.Scheduler(slots=slots, rows=rows, prefill_rows=prefill_rows, max_len=max_len, pages=pages)
+def make(slots=2, rows=20, prefill_rows=16, max_len=256, pages=8, reuse="none"):
+    return _native.testing.Scheduler(slots=slots, rows=rows, prefill_rows=prefill_rows, max_len=max_len, pages=pages, reuse=reuse)
 
 
 def run(scheduler, steps, token=5):
@@ -40,13 +40,34 @@ def test_pages_are_counted():
         pages.share(b)
 
 
+def test_kept_pages_wait_for_their_next_use():
+    pages = _native.testing.KvPages(2)
+    a, b = pages.take(), pages.take()
+    pages.keep(a)
+    pages.release(a)
+    assert (pages.free, pages.idle, pages.references(a)) == (0, 1, 0)
+    pages.share(a)
+    assert (pages.free, pages.idle, pages.references(a)) == (0, 0, 1)
+    pages.drop(a)  # in use: free when it is released
+    assert pages.free == 0
+    pages.release(a)
+    assert (pages.free, pages.idle) == (1, 0)
+    pages.keep(b)
+    pages.release(b)
+    pages.drop(b)
+    assert (pages.free, pages.idle) == (2, 0)
+    for wrong in (pages.keep, pages.drop):
+        with pytest.raises(RuntimeError):
+            wrong(b)
+
+
 def test_prompt_in_chunks_then_decode():
     s = make()
     s.add(1, list(range(40)), 3)
     a, b, c, d, e = run(s, 5)
     assert [x["chunks"] for x in (a, b, c)] == [[(0, 16, 0, 0)], [(0, 16, 0, 16)], [(0, 8, 0, 32)]]
     assert a["token"] == list(range(16)) and c["position"] == list(range(32, 40))
-    assert a["admitted"] == [1] and b["admitted"] == []
+    assert a["admitted"] == [(1, 0)] and b["admitted"] == []
     assert [x["sampled"] for x in (a, b, c)] == [[], [], [1]] and c["logit_row"] == [7]
     assert d["decode_rows"] == 1 and d["token"] == [5] and d["position"] == [40] and d["chunks"] == []
     assert e["position"] == [41] and s.schedule() is None
@@ -202,18 +223,19 @@ SHAPES = {
     "roomy": dict(slots=8, prefill_tokens=64, max_len=256, pages=64, queue=32),
     "few pages": dict(slots=8, prefill_tokens=16, max_len=128, pages=6, queue=16),
     "one sequence fits": dict(slots=4, prefill_tokens=7, max_len=128, pages=4, queue=8),
-    "many slots": dict(slots=64, prefill_tokens=40, max_len=160, pages=20, queue=4),
+    "many slots": dict(slots=64, prefill_tokens=40, max_len=160, pages=20, queue=4, step_us=500),  # slow enough to fill the queue
     "one slot": dict(slots=1, prefill_tokens=1, max_len=64, pages=2, queue=2),
 }
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_random_workload(shape, depth):
+@pytest.mark.parametrize("prefix_cache", ["on", "off"])
+def test_random_workload(shape, depth, prefix_cache):
     options = SHAPES[shape]
     rng = random.Random(f"{shape} {depth}")
-    engine, box = fake_engine(depth=depth, **options), Outbox()
-    total = 500 if shape == "one slot" else 3000
+    engine, box = fake_engine(depth=depth, prefix_cache=prefix_cache, **options), Outbox()
+    total = 500 if shape == "one slot" else 2000
     most = options["slots"] + options["queue"]
     live, got, cancelled, ended, refused = {}, {}, set(), 0, 0
     submitted = 0
@@ -257,6 +279,7 @@ def test_random_workload(shape, depth):
     stats = engine.stats()
     while stats["running"] + stats["waiting"]:
         stats = engine.stats()
+    assert (stats["cached_tokens"] > 0) == (stats["cached_pages"] > 0) == (prefix_cache == "on")
     assert stats["free_pages"] == options["pages"] and sum(stats["finished"].values()) == total and stats["error"] == ""
     assert refused > 0 or shape == "roomy"
     if shape in ("few pages", "one sequence fits", "many slots"):

@@ -25,7 +25,7 @@ class Option:
     dims: int = 1  # 1, or -1: a list
     default: Any = None  # None: not given
     low: float | None = None
-    high: float | None = None
+    high: float | None = None  # of a STRING: bytes
     alias: str = ""  # a second tensor and parameter name
     json: str = ""  # its name in sampling_parameters where that is another one
     neutral: tuple = ()  # the only values accepted until the engine implements it; () and "" always are
@@ -111,7 +111,8 @@ OPTIONS = (
     Option("num_return_sequences", "INT32", "only 1", json="n", neutral=(1,)),
     Option("suffix", "STRING", "only empty", neutral=("",)),
     Option("session", "STRING", "only empty", neutral=("",)),
-    Option("cache_salt", "STRING", "only empty", neutral=("",)),
+    Option("cache_salt", "STRING", "requests of different salts reuse nothing of each other's prompts", default="", high=256,
+           submit="cache_salt"),
     Option("prediction", "STRING", "only empty", neutral=("",)),
     Option("token_healing", "BOOL", "only false", neutral=(False,)),
 )
@@ -179,6 +180,9 @@ MODELS = (
               Setting("queue", "256", "requests that may wait; one more is refused", int, 1, 2**20),
               Setting("max_len", "0", "longest prompt + text in tokens; 0: the model's", int, 0, 2**24),
               Setting("prefill_tokens", "512", "most prompt tokens computed in one step", int, 1, 2**20),
+              Setting("prefix_cache", "on", "reuse of what requests with the same beginning have computed; on: where that changes no bit of a "
+                      "result; generated: also, as a prompt's, of generated text, which on a GPU is rounded differently; off",
+                      choices=("on", "generated", "off")),
               Setting("threads", "0", "CPU threads; 0: all cores", int, 0, 1024),
               Setting("exclude_input_in_output", "true", "default of the request option of that name",
                       choices=("true", "false")),

@@ -89,14 +89,16 @@ class Engine:
     device: "cpu", "cuda", "cuda:N" or "auto" (CUDA if there is one). dtype: "float32", "float16", "bfloat16" or "auto"
     (the CPU computes in float32, CUDA in the checkpoint's type). slots: sequences that run at once. prefill_tokens: prompt
     tokens of one step. max_len: prompt and new tokens of one request, 0 for the model's limit. kv_memory_mb: 0 for a
-    default. queue: requests that may wait beyond the slots. threads: of the CPU, 0 for all cores.
+    default. queue: requests that may wait beyond the slots. threads: of the CPU, 0 for all cores. prefix_cache: "on": requests
+    with the same beginning compute it once, where that changes no bit of a result: prompts after prompts and, on the CPU, after
+    generated text; "generated": after generated text on a GPU too, which rounds it differently; "off".
 
     ValueError for an option, LoadError for a file, DeviceError for a device.
     """
 
     def __init__(self, weights_dir: str | os.PathLike[str], *, device: str = "auto", dtype: str = "auto", tensor_parallel: int = 1,
                  slots: int = 16, prefill_tokens: int = 512, max_len: int = 0, kv_memory_mb: int = 0, queue: int = 256,
-                 threads: int = 0) -> None:
+                 threads: int = 0, prefix_cache: str = "on") -> None:
         directory = os.fspath(weights_dir)
         if not os.path.isdir(directory):
             raise _native.LoadError(f"{directory}: no such directory; expected a weights directory written by tools/convert.py")
@@ -109,7 +111,8 @@ class Engine:
         if kv_memory_mb < 0:
             raise ValueError(f"kv_memory_mb is {kv_memory_mb}; expected 0 (a default) or more")
         native = _native.Engine(directory, vocab.token_bytes, device=device, dtype=dtype, tensor_parallel=tensor_parallel, slots=slots,
-                                prefill_tokens=prefill_tokens, max_len=max_len, kv_bytes=kv_memory_mb << 20, queue=queue, threads=threads)
+                                prefill_tokens=prefill_tokens, max_len=max_len, kv_bytes=kv_memory_mb << 20, queue=queue, threads=threads,
+                                prefix_cache=prefix_cache)
         self._set(native, vocab, config)
 
     @classmethod
@@ -147,7 +150,7 @@ class Engine:
                repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
                bad_words: Sequence[str | bytes] = (), stop: Sequence[str | bytes] = (), include_stop: bool = False,
                eos_ids: Sequence[int] | None = None, ignore_eos: bool = False, min_tokens: int = 0, stream: bool = True,
-               logprobs: bool = False) -> int:
+               logprobs: bool = False, cache_salt: str | bytes = b"") -> int:
         """Starts a completion whose chunks go to `outbox`; returns its uid, a positive number never used again.
 
         prompt: text, UTF-8 bytes or token ids. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. seed None draws
@@ -161,6 +164,7 @@ class Engine:
         strings do not end the output.
         stream=False delivers one chunk with everything. logprobs: of each token under the model itself: before temperature, biases,
         penalties and bans.
+        cache_salt: only requests of the same one reuse each other's computed prompts.
 
         ValueError names field, value and limit; QueueFull; DeviceError once the device has failed.
         """
@@ -177,7 +181,7 @@ class Engine:
                                    min_p=min_p, seed=seed, logit_bias=bias + [(id, -math.inf) for id in bans], repetition_penalty=repetition_penalty,
                                    presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, bad_words=words,
                                    stop=_as_bytes("stop", stop), include_stop=include_stop, eos_ids=eos, min_tokens=min_tokens,
-                                   stream=stream, logprobs=logprobs)
+                                   stream=stream, logprobs=logprobs, cache_salt=_key_bytes("cache_salt", cache_salt))
 
     def _bias(self, given: Mapping[int | str, float]) -> list[tuple[int, float]]:
         bias: list[tuple[int, float]] = []
@@ -209,9 +213,10 @@ class Engine:
         return self._native.cancel(uid)
 
     def stats(self) -> dict[str, Any]:
-        """Now: running and waiting requests, free_pages (of pages, page_tokens each), slots, queue, step_s (moving average).
-        Since the start: steps, prefill_tokens, decode_tokens, wasted_rows (results of requests that had ended), preemptions,
-        submitted, refused, finished (by finish reason). error: what the device failed with, or ""."""
+        """Now: running and waiting requests, free_pages that no request holds (of pages, page_tokens each) and cached_pages, those
+        among them that the prefix cache has filled, slots, queue, step_s (moving average).
+        Since the start: steps, prefill_tokens, decode_tokens, cached_tokens (of prompts, not computed again), wasted_rows (results of
+        requests that had ended), preemptions, evictions (pages that the prefix cache gave up), submitted, refused, finished (by finish reason). error: what the device failed with, or ""."""
         return self._native.stats()
 
     def close(self, drain_s: float = 0.0) -> None:
@@ -231,6 +236,12 @@ def _as_bytes(name: str, words: Sequence[str | bytes] | str | bytes) -> list[byt
         if isinstance(word, str) and any("\ud800" <= c <= "\udfff" for c in word):
             raise ValueError(f"{name}[{i}] has a lone surrogate")
     return [word.encode() if isinstance(word, str) else bytes(word) for word in words]
+
+
+def _key_bytes(name: str, key: str | bytes) -> bytes:
+    if isinstance(key, str) and any("\ud800" <= c <= "\udfff" for c in key):
+        raise ValueError(f"{name} has a lone surrogate")
+    return key.encode() if isinstance(key, str) else bytes(key)
 
 
 _open: weakref.WeakSet[Engine] = weakref.WeakSet()

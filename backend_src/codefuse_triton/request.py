@@ -84,7 +84,10 @@ def _scalar(option: Option, value: Any, where: str) -> Any:
     if option.type == "BOOL":
         return _boolean(value, where)
     if option.type == "STRING":
-        return _string(value, where)
+        text = _string(value, where)
+        if option.high is not None and len(text.encode()) > option.high:
+            raise ValueError(f"{where} has {len(text.encode())} bytes; at most {option.high} are accepted")
+        return text
     if isinstance(value, bytes):
         value = _string(value, where)
     return _number(option, value, where)

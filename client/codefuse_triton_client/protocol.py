@@ -26,7 +26,7 @@ OPTIONS = {
     "stop": ("stop_words", "BYTES"), "include_stop": ("include_stop", "BOOL"), "end_id": ("end_id", "INT32"),
     "stop_token_ids": ("stop_token_ids", "INT32"), "ignore_eos": ("ignore_eos", "BOOL"),
     "exclude_input": ("exclude_input_in_output", "BOOL"), "logprobs": ("return_log_probs", "BOOL"),
-    "sampling_parameters": ("sampling_parameters", "BYTES"),
+    "cache_salt": ("cache_salt", "BYTES"), "sampling_parameters": ("sampling_parameters", "BYTES"),
 }
 _NUMPY = {"INT32": np.int32, "FP32": np.float32, "UINT64": np.uint64, "BOOL": np.bool_, "INT64": np.int64}
 

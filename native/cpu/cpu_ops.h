@@ -22,6 +22,7 @@ class CpuOps final : public Ops {
 
   std::string device() const override { return "cpu"; }
   DType act() const override { return DType::f32; }
+  bool rows_alike() const override { return true; }
 
   void* alloc(size_t bytes) override;
   size_t free_memory() const override;
@@ -38,6 +39,7 @@ class CpuOps final : public Ops {
   void linear(void* y, const void* x, const Linear& w, const Activation* act_fn) override;
   void linear_add(float* y, const void* x, const Linear& w, bool add_bias) override;
   void gate(void* y, const void* gate, const void* up, Activation act_fn, int n) override;
+  void copy_pages(const std::vector<KvLayer>& layers, const ModelConfig& c, int kv_heads) override;
   void rope_store(void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) override;
   void attention(void* out, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) override;
   void zero(float* y, int64_t n_per_row) override;

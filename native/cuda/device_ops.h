@@ -18,6 +18,7 @@ class CudaOps final : public Ops {
 
   std::string device() const override { return cat("cuda:", index_); }
   DType act() const override { return act_; }
+  bool rows_alike() const override { return false; }  // two matrix kernels and two attention kernels
 
   void* alloc(size_t bytes) override;
   size_t free_memory() const override;
@@ -37,6 +38,7 @@ class CudaOps final : public Ops {
                    const Activation* fn_b) override;
   void linear_add_pair(float* y, const void* xa, const Linear& wa, const void* xb, const Linear& wb, bool add_bias) override;
   void gate(void* y, const void* gate, const void* up, Activation act_fn, int n) override;
+  void copy_pages(const std::vector<KvLayer>& layers, const ModelConfig& c, int kv_heads) override;
   void rope_store(void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) override;
   void attention(void* out, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) override;
   void rope_attention(void* out, void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) override;
@@ -105,7 +107,7 @@ class CudaOps final : public Ops {
   void* expanded_ = nullptr;  // a quantized matrix in 16-bit tiles, for prefill before Hopper
   size_t expanded_bytes_ = 0;
 
-  int rows_ = 0, decode_rows_ = 0, samples_ = 0, tiles_ = 0;  // the current step
+  int rows_ = 0, decode_rows_ = 0, samples_ = 0, tiles_ = 0, copies_ = 0;  // the current step
   Sampling sampling_kind_ = Sampling::greedy;
   bool edited_ = false;  // some sample has edits or a mask
   struct Recording {

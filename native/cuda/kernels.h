@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <vector>
 
 #include "core/config.h"
 #include "core/dtype.h"
@@ -29,6 +30,7 @@ struct StepMeta {
   const LogitEdit* edits = nullptr;
   const int4* tiles = nullptr;        // runs of at most kTileRows prefill rows: first row, rows, position, row of table
   const int32_t* settled = nullptr;   // [T] tokens of the row's sequence whose K and V earlier steps stored; nullptr: 0
+  const PageCopy* copies = nullptr;
   int max_pages = 0;
 };
 constexpr int kTileRows = 128;
@@ -107,6 +109,8 @@ void norm_pair(const Stream& s, DType act, void* ya, const Norm& a, void* yb, co
 void gate(const Stream& s, DType act, void* y, const void* gate, const void* up, Activation fn, int64_t n);
 void zero(const Stream& s, float* y, int64_t n);
 void add(const Stream& s, float* y, const float* x, int64_t n);
+
+void copy_pages(const Stream& s, DType act, const std::vector<KvLayer>& layers, const StepMeta& m, int copies, int kv_heads, int head_dim);
 
 struct AttentionShape {
   int heads, kv_heads, head_dim, rope_dim, window;

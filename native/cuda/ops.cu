@@ -1,5 +1,6 @@
 // Steps: the batch goes up in one copy, the ops become kernels, results come down behind an event. A step of decode rows alone
 // that samples every row is recorded as a CUDA graph for a number of rows (padded) and replayed.
+#include <algorithm>
 #include <cstring>
 
 #include "cuda/device_ops.h"
@@ -40,11 +41,11 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
   replay_ = replay;
   planned_ = true;
 
-  // staging: token, slot, position, sequence, settled [rows] | logit_row, sample [samples] | table | tiles
+  // staging: token, slot, position, sequence, settled [rows] | logit_row, sample [samples], copies | table | tiles
   const size_t rows = aligned(size_t(limits.rows) * 4);
   size_t at = 5 * rows;
-  const size_t logit_row_at = at, sample_at = at += aligned(kDecodeRows * 4);
-  table_at_ = at += aligned(kDecodeRows * sizeof(SampleParams));
+  const size_t logit_row_at = at, sample_at = at += aligned(kDecodeRows * 4), copies_at = at += aligned(kDecodeRows * sizeof(SampleParams));
+  table_at_ = at += aligned(kDecodeRows * sizeof(PageCopy));
   tiles_at_ = at += aligned(size_t(limits.slots) * limits.max_pages() * 4);
   meta_bytes_ = at += size_t(limits.rows) * sizeof(int4);
   meta_device_ = alloc_array<char>(meta_bytes_);
@@ -56,6 +57,7 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
   meta_.settled = reinterpret_cast<int32_t*>(d + 4 * rows);
   meta_.logit_row = reinterpret_cast<int32_t*>(d + logit_row_at);
   meta_.sample = reinterpret_cast<SampleParams*>(d + sample_at);
+  meta_.copies = reinterpret_cast<PageCopy*>(d + copies_at);
   meta_.table = reinterpret_cast<int32_t*>(d + table_at_);
   meta_.tiles = reinterpret_cast<int4*>(d + tiles_at_);
   meta_.max_pages = limits.max_pages();
@@ -131,6 +133,9 @@ void CudaOps::fill_meta(const Batch& b, int padded, int ticket) {
   std::vector<int> stored(size_t(limits_.slots), INT32_MAX);  // the first token of each sequence that this step stores
   for (int t = 0; t < b.rows(); ++t) stored[size_t(b.slot[t])] = std::min(stored[size_t(b.slot[t])], b.position[t]);
   for (int t = 0; t < b.rows(); ++t) settled[t] = stored[size_t(b.slot[t])];
+  if (!b.copies.empty())  // what is copied lies in the page of the first token stored
+    for (int t = 0; t < b.rows(); ++t) settled[t] -= settled[t] % kPageTokens;
+  std::copy(b.copies.begin(), b.copies.end(), reinterpret_cast<PageCopy*>(host(meta_.copies)));
   for (int t = 0; t < b.rows(); ++t) token[t] = b.token[t], slot[t] = b.slot[t], position[t] = b.position[t], sequence[t] = table_of[b.slot[t]];
   for (int t = b.rows(); t < padded; ++t) token[t] = 0, slot[t] = -1, position[t] = 0, sequence[t] = 0, settled[t] = 0;
   for (int i = 0; i < b.samples(); ++i) logit_row[i] = b.logit_row[i], sample[i] = b.sample[i];
@@ -173,6 +178,7 @@ void CudaOps::step(const Batch& batch, int ticket, const std::function<void()>& 
   rows_ = batch.rows();
   decode_rows_ = batch.decode_rows;
   samples_ = batch.samples();
+  copies_ = int(batch.copies.size());
   sampling_kind_ = Sampling::greedy;
   for (const SampleParams& p : batch.sample) sampling_kind_ = std::max(sampling_kind_, sampling_of(p));
   edited_ = !batch.edits.empty() || !batch.masks.empty();
@@ -183,7 +189,7 @@ void CudaOps::step(const Batch& batch, int ticket, const std::function<void()>& 
     if (s && (t < decode_rows_ || s == 1)) own_sequences_ = false;
     s = t < decode_rows_ ? 1 : 2;
   }
-  bool record = replay_ && own_sequences_ && decode_rows_ == rows_ && samples_ == rows_;
+  bool record = replay_ && copies_ == 0 && own_sequences_ && decode_rows_ == rows_ && samples_ == rows_;
   for (int i = 0; i < samples_ && record; ++i) record = batch.logit_row[i] == i;
   const int padded = std::min({bucket_of(rows_), limits_.rows, limits_.slots});
   record = record && padded >= rows_;
@@ -345,6 +351,10 @@ void CudaOps::gate(void* y, const void* gate, const void* up, Activation act_fn,
 
 AttentionShape CudaOps::shape(const ModelConfig& c, int heads, int kv_heads) const {
   return {heads, kv_heads, c.head_dim, c.position == PositionKind::rope ? c.rope_dim : 0, c.window};
+}
+
+void CudaOps::copy_pages(const std::vector<KvLayer>& layers, const ModelConfig& c, int kv_heads) {
+  if (copies_) cuda::copy_pages(s_, act_, layers, meta_, copies_, kv_heads, c.head_dim);
 }
 
 void CudaOps::rope_store(void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) {

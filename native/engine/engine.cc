@@ -15,6 +15,11 @@ double seconds(std::chrono::steady_clock::time_point from, std::chrono::steady_c
 
 constexpr size_t kListedTokens = kRuleEdits / 4;  // of logit_bias and of eos_ids
 
+Reuse reuse_of(const std::string& prefix_cache, bool rows_alike) {
+  if (prefix_cache == "off") return Reuse::none;
+  return rows_alike || prefix_cache == "generated" ? Reuse::any_rows : Reuse::same_rows;
+}
+
 int64_t samples_of(const Step& s) { return int64_t(s.sampled.size()); }
 
 }  // namespace
@@ -28,7 +33,7 @@ Engine::Engine(std::unique_ptr<Runner> runner, TokenBytes token_bytes, const Eng
       tokens_by_bytes_(tokens_by_bytes(token_bytes_, runner_->config().vocab)),
       options_(options),
       depth_(options.depth > 0 ? options.depth : runner_->device() == "cpu" ? 1 : 2),
-      scheduler_(runner_->limits(), options.prefill_rows) {
+      scheduler_(runner_->limits(), options.prefill_rows, reuse_of(options.prefix_cache, runner_->rows_alike())) {
   check(options);
   stats_.slots = scheduler_.limits().slots;
   stats_.queue = options.queue;
@@ -41,6 +46,8 @@ Engine::~Engine() { close(0); }
 void Engine::check(const EngineOptions& options) {
   if (options.queue < 0) throw ValueError(cat("queue is ", options.queue, "; expected 0 or more"));
   if (options.depth < 0 || options.depth > 2) throw ValueError(cat("depth is ", options.depth, "; expected 0..2"));
+  if (options.prefix_cache != "on" && options.prefix_cache != "off" && options.prefix_cache != "generated")
+    throw ValueError(cat("prefix_cache is '", options.prefix_cache, "'; expected on, off or generated"));
 }
 
 void Engine::validate(const Request& r) const {
@@ -93,6 +100,7 @@ void Engine::validate(const Request& r) const {
   for (size_t i = 0; i < r.eos_ids.size(); ++i)
     if (r.eos_ids[i] < 0 || r.eos_ids[i] >= vocab)
       throw ValueError(cat("eos_ids[", i, "] is ", r.eos_ids[i], "; expected 0..", vocab - 1));
+  if (r.cache_salt.size() > 256) throw ValueError(cat("cache_salt has ", r.cache_salt.size(), " bytes; expected at most 256"));
   if (!r.outbox) throw ValueError("outbox is missing");
 }
 
@@ -192,15 +200,21 @@ void Engine::serve() {
   while (collects_ < launches_) collect();
 }
 
+void Engine::copy_stats() {
+  stats_.running = scheduler_.running();
+  stats_.waiting = scheduler_.waiting();
+  stats_.free_pages = scheduler_.free_pages();
+  stats_.cached_pages = scheduler_.cached_pages();
+  stats_.preemptions = scheduler_.preemptions();
+  stats_.evictions = scheduler_.evictions();
+}
+
 bool Engine::take_commands() {
   std::vector<std::unique_ptr<Live>> incoming;
   std::vector<int64_t> cancels;
   {
     std::unique_lock<std::mutex> lock(mutex_);
-    stats_.running = scheduler_.running();
-    stats_.waiting = scheduler_.waiting();
-    stats_.free_pages = scheduler_.free_pages();
-    stats_.preemptions = scheduler_.preemptions();
+    copy_stats();
     const bool idle = live_.empty() && launches_ == collects_;
     if (idle) wake_.wait(lock, [this] { return stop_ || !incoming_.empty() || !cancels_.empty(); });
     if (stop_) return false;
@@ -209,7 +223,7 @@ bool Engine::take_commands() {
   }
   for (auto& live : incoming) {
     Request& r = live->request;
-    scheduler_.add(live->uid, r.prompt, r.max_tokens, r.sample, std::move(r.rules));
+    scheduler_.add(live->uid, r.prompt, r.max_tokens, r.sample, std::move(r.rules), r.cache_salt);
     live_.emplace(live->uid, std::move(live));
   }
   for (int64_t uid : cancels) end(uid, Finish::cancelled);
@@ -221,7 +235,16 @@ bool Engine::launch() {
   Step& step = steps_[ticket];
   if (!scheduler_.schedule(&batches_[ticket], &step)) return false;
   launched_[ticket] = Clock::now();
-  for (int64_t uid : step.admitted) live_.at(uid)->started = launched_[ticket];
+  int64_t cached = 0;
+  for (const Admission& a : step.admitted) {
+    Live& live = *live_.at(a.uid);
+    live.started = launched_[ticket];
+    cached += live.cached_tokens = a.cached;
+  }
+  if (cached > 0) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stats_.cached_tokens += cached;
+  }
   runner_->launch(batches_[ticket], ticket);
   ++launches_;
   return true;
@@ -278,9 +301,7 @@ void Engine::end(int64_t uid, Finish finish, const std::string& error) {
     std::lock_guard<std::mutex> lock(mutex_);
     alive_.erase(uid);
     ++stats_.finished[size_t(finish)];
-    stats_.running = scheduler_.running();
-    stats_.waiting = scheduler_.waiting();
-    stats_.free_pages = scheduler_.free_pages();
+    copy_stats();
     if (alive_.empty()) drained_.notify_all();
   }
   deliver(*live, finish, error);
@@ -305,6 +326,7 @@ void Engine::deliver(Live& live, Finish finish, const std::string& error) {
   out.error = error;
   out.input_tokens = int(live.request.prompt.size());
   out.output_tokens = live.output_tokens;
+  out.cached_tokens = live.cached_tokens;
   out.cum_logprob = live.cum_logprob;
   const Clock::time_point started = live.started == none ? now : live.started, first = live.first == none ? now : live.first;
   out.queue_s = seconds(live.submitted, started);

@@ -28,6 +28,8 @@ struct EngineOptions {
   int queue = 256;         // requests that may wait beyond those that have a slot
   int depth = 0;           // steps in flight: 2 launches a step before the results of the one before are read, 1 does not;
                            // 0: 1 on the CPU, where launch() computes, else 2
+  std::string prefix_cache = "on";  // "off"; "on": K and V are reused where that changes no bit of a result; "generated": those of generated tokens too,
+                                    // as a prompt's, on devices where rows of prompts round differently
 };
 
 struct Request {
@@ -44,12 +46,17 @@ struct Request {
   bool stream = true;             // false: only the last output is delivered
   bool logprobs = false;
   RuleList rules;                 // what else decides about its tokens; they pass to the scheduler
+  std::string cache_salt;         // requests of different salts share nothing that was computed
   std::shared_ptr<Outbox> outbox;
 };
 
 struct EngineStats {
-  int running = 0, waiting = 0, slots = 0, queue = 0, pages = 0, free_pages = 0;
+  int running = 0, waiting = 0, slots = 0, queue = 0, pages = 0;
+  int free_pages = 0;    // that no request holds
+  int cached_pages = 0;  // those among them that the prefix cache has filled
   int64_t steps = 0, prefill_tokens = 0, decode_tokens = 0;  // decode_tokens: sampled tokens that a request used
+  int64_t cached_tokens = 0;  // of prompts, not computed again; those computed again after a preemption do not count
+  int64_t evictions = 0;      // pages that the prefix cache gave up
   int64_t wasted_rows = 0;   // samples of sequences that had ended
   int64_t preemptions = 0;
   double step_s = 0;         // moving average
@@ -86,6 +93,7 @@ class Engine {
     Piece piece;  // released, not delivered: all of it until the end when not streaming
     Clock::time_point submitted, started{}, first{};
     int output_tokens = 0;
+    int cached_tokens = 0;
     double cum_logprob = 0;
   };
 
@@ -93,6 +101,7 @@ class Engine {
   void add_rules(Request& r) const;
   void run();
   void serve();
+  void copy_stats();     // the scheduler's; mutex_ is held
   bool take_commands();  // false: the thread is to end
   bool launch();         // false: nothing to run now
   void collect();

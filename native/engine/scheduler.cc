@@ -6,11 +6,13 @@
 
 namespace codefuse {
 
-Scheduler::Scheduler(const Limits& limits, int prefill_rows)
+Scheduler::Scheduler(const Limits& limits, int prefill_rows, Reuse reuse)
     : limits_(limits),
       prefill_rows_(std::min(prefill_rows, limits.rows - limits.slots)),
       decode_limit_(std::min(kDecodeRows, limits.rows)),
-      pages_(limits.pages) {
+      reuse_(reuse),
+      pages_(limits.pages),
+      cache_(&pages_) {
   if (limits.slots < 1 || limits.slots > kDecodeRows)
     throw ValueError(cat("slots is ", limits.slots, "; expected 1..", kDecodeRows));
   if (prefill_rows_ < 1)
@@ -18,13 +20,14 @@ Scheduler::Scheduler(const Limits& limits, int prefill_rows)
   for (int s = limits.slots - 1; s >= 0; --s) free_slots_.push_back(s);
 }
 
-void Scheduler::add(int64_t uid, std::vector<int32_t> prompt, int max_tokens, const SampleParams& sample, RuleList rules) {
+void Scheduler::add(int64_t uid, std::vector<int32_t> prompt, int max_tokens, const SampleParams& sample, RuleList rules, std::string salt) {
   auto s = std::make_unique<Sequence>();
   s->uid = uid;
   s->prompt = std::move(prompt);
   s->max_tokens = max_tokens;
   s->sample = sample;
   s->rules = std::move(rules);
+  s->salt = std::move(salt);
   waiting_.push_back(s.get());
   all_.emplace(uid, std::move(s));
 }
@@ -36,6 +39,7 @@ bool Scheduler::schedule(Batch* batch, Step* step) {
   batch->slot.clear();
   batch->position.clear();
   batch->chunks.clear();
+  batch->copies.clear();
   batch->logit_row.clear();
   batch->sample.clear();
   batch->edit_begin.assign(1, 0);
@@ -46,11 +50,13 @@ bool Scheduler::schedule(Batch* batch, Step* step) {
   batch->table.clear();
 
   grow_decoding();
-  admit(step);
+  admit(batch, step);
   put_decode_rows(batch, step);
   put_chunks(batch, step);
   if (batch->edits.empty()) batch->edit_begin.clear();
   if (batch->masks.empty()) batch->mask_of.clear();
+  for (int32_t page : copied_) pages_.release(page);
+  copied_.clear();
   retire_complete();
   return batch->rows() > 0;
 }
@@ -75,9 +81,8 @@ void Scheduler::remove(int64_t uid) {
 
 bool Scheduler::grow(Sequence& s, int tokens) {
   while (int(s.pages.size()) < pages_for(tokens)) {
-    int32_t page = pages_.take();
-    if (page < 0) return false;
-    s.pages.push_back(page);
+    if (pages_.free() == 0 && !cache_.evict()) return false;
+    s.pages.push_back(pages_.take());
   }
   return true;
 }
@@ -91,33 +96,93 @@ void Scheduler::grow_decoding() {
   }
 }
 
-void Scheduler::admit(Step* step) {
+void Scheduler::admit(Batch* batch, Step* step) {
   int backlog = 0;  // prompt rows of running sequences
   int reserve = 0;  // pages left for running sequences that are still growing, one each
   for (Sequence* s : running_) {
     backlog += std::max(0, s->prompt_size() - s->computed);
     reserve += pages_for(s->at_most()) > int(s->pages.size());
   }
+  bool published = reuse_ == Reuse::none;
   while (!waiting_.empty() && !free_slots_.empty() && backlog < prefill_rows_) {
     Sequence* s = waiting_.front();
     if (s->in_flight > 0) break;  // preempted with a token on its way
+    if (!published)
+      for (Sequence* r : running_) publish(*r, reuse_ == Reuse::any_rows ? r->known() : r->prompt_size());
+    published = true;
     const int first = std::min(s->known() + 1, s->at_most());  // room to go on, or it would be preempted again at once
-    const int need = pages_for(first);
-    if (pages_.free() < need + (running_.empty() ? 0 : reserve)) break;
+    PrefixCache::Match match = find(*s);
+    const auto fits = [&] {
+      return free_pages() >= pages_for(first) - int(match.pages.size()) + (running_.empty() ? 0 : reserve);
+    };
+    if (match.partial >= 0 && !fits()) {  // without the page to copy from, which a small pool may not have beside the copy
+      pages_.release(match.partial);
+      match.tokens -= match.partial_tokens;
+      match.partial = -1;
+    }
+    if (!fits() || is_coming(*s, match.tokens)) {
+      for (int32_t page : match.pages) pages_.release(page);
+      if (match.partial >= 0) pages_.release(match.partial);
+      break;
+    }
     waiting_.pop_front();
     s->slot = free_slots_.back();
     free_slots_.pop_back();
+    s->pages = std::move(match.pages);
+    s->place = match.place;
+    s->computed = match.tokens;
+    s->published = PrefixCache::depth(match.place) * kPageTokens;
+    const size_t copy = s->pages.size();
     grow(*s, first);
+    if (match.partial >= 0) {
+      batch->copies.push_back({match.partial, s->pages[copy], match.partial_tokens});
+      copied_.push_back(match.partial);
+    }
     running_.push_back(s);
-    backlog += s->prompt_size();
-    reserve += pages_for(s->at_most()) > need;
-    if (!s->started) step->admitted.push_back(s->uid);
+    backlog += std::max(0, s->prompt_size() - s->computed);
+    reserve += pages_for(s->at_most()) > pages_for(first);
+    if (!s->started) step->admitted.push_back({s->uid, s->computed});
     s->started = true;
   }
 }
 
 bool Scheduler::waits(const Sequence& s) {
   return s.in_flight > 0 && std::any_of(s.rules.begin(), s.rules.end(), [&](const auto& rule) { return rule->waits(s.generated); });
+}
+
+// What the K and V of token i depend on besides the tokens before it: the token and, unless it makes no difference, the kind of row.
+int32_t Scheduler::key(const Sequence& s, int i) const {
+  return s.token(i) * 2 + (reuse_ == Reuse::same_rows && i >= s.prompt_size());
+}
+
+// Lets others take over what the rows of the first `tokens` tokens have computed, as far as they were launched.
+void Scheduler::publish(Sequence& s, int tokens) {
+  const int n = std::min(tokens, s.computed);
+  if (n <= s.published) return;
+  std::vector<int32_t> keys;
+  for (int i = PrefixCache::depth(s.place) * kPageTokens; i < n; ++i) keys.push_back(key(s, i));
+  s.place = cache_.insert(s.salt, s.place, keys, &s.pages);
+  s.published = n;
+}
+
+PrefixCache::Match Scheduler::find(const Sequence& s) {
+  if (reuse_ == Reuse::none) return {};
+  std::vector<int32_t> keys;
+  for (int i = 0; i + 1 < s.known(); ++i) keys.push_back(key(s, i));
+  return cache_.find(s.salt, keys);
+}
+
+// A running sequence is computing a prefix of s that is worth waiting for.
+bool Scheduler::is_coming(const Sequence& s, int cached) const {
+  if (reuse_ == Reuse::none) return false;
+  for (const Sequence* r : running_) {
+    if (r->prefilled() || r->salt != s.salt) continue;
+    const int most = std::min(s.prompt_size() - 1, r->prompt_size());
+    if (most < cached + kPageTokens) continue;
+    const auto end = std::mismatch(s.prompt.begin(), s.prompt.begin() + most, r->prompt.begin()).first;
+    if (end - s.prompt.begin() >= cached + kPageTokens) return true;
+  }
+  return false;
 }
 
 void Scheduler::put_row(Batch* batch, const Sequence& s, int32_t token, int position) {
@@ -179,8 +244,7 @@ void Scheduler::put_table(Batch* batch, const Sequence& s) {
 void Scheduler::preempt_youngest() {
   Sequence* s = running_.back();
   running_.pop_back();
-  release(*s);
-  s->computed = 0;
+  release(*s, true);
   waiting_.push_front(s);
   ++preemptions_;
 }
@@ -195,9 +259,16 @@ void Scheduler::retire_complete() {
   running_.erase(std::remove_if(running_.begin(), running_.end(), complete), running_.end());
 }
 
-void Scheduler::release(Sequence& s) {
+// resumes: it will run the same rows again.
+void Scheduler::release(Sequence& s, bool resumes) {
+  if (!s.pages.empty() && reuse_ != Reuse::none) {
+    publish(s, resumes || reuse_ == Reuse::any_rows ? s.known() : s.prompt_size());
+    cache_.touch(s.place);
+  }
   for (int32_t page : s.pages) pages_.release(page);
   s.pages.clear();
+  s.place = nullptr;
+  s.computed = s.published = 0;
   if (s.slot >= 0) free_slots_.push_back(s.slot);
   s.slot = -1;
 }

@@ -4,19 +4,33 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <string>
 #include <unordered_map>
 #include <vector>
 
 #include "engine/kv_pages.h"
 #include "engine/logit_rules.h"
+#include "engine/prefix_cache.h"
 #include "ops/batch.h"
 
 namespace codefuse {
 
+// What a sequence may take over of the K and V that others have computed for the same tokens after the same tokens.
+enum class Reuse : uint8_t {
+  none,
+  same_rows,  // what a row of the kind that the sequence itself would run has computed: prompt tokens those of prompts
+  any_rows,   // generated tokens too, where a prompt continues another request's text
+};
+
+struct Admission {
+  int64_t uid;
+  int cached;  // tokens of the prompt that others had computed
+};
+
 // What the engine must remember about a launched step to read its results.
 struct Step {
   std::vector<int64_t> sampled;   // [samples] uid whose next token each sample is
-  std::vector<int64_t> admitted;  // uids that got their first rows in this step
+  std::vector<Admission> admitted;  // that got their first rows in this step
   int decode_rows = 0;
   int prefill_rows = 0;
 };
@@ -26,19 +40,25 @@ struct Step {
 // rows and its generated tokens as decode rows, so every row is computed as it was the first time. The oldest sequence
 // can take every page and fits the pool, so it always advances and none starves.
 //
+// The pages that sequences leave behind stay in the prefix cache until a page is needed and none is free; then the one used
+// longest ago goes, before any sequence is preempted. A sequence reads full pages of the cache in place and copies the beginning
+// of one more. At least its last token is computed. While a running sequence computes a prefix that a waiting one could take over
+// and that is a page longer than what the cache has, that one waits.
+//
 // schedule() may run before the previous step's tokens are known: such a row carries kLastToken. A sequence whose rules wait
 // gets no row then, until its token is known.
 class Scheduler {
  public:
   // prefill_rows: prompt tokens of one step at most.
-  Scheduler(const Limits& limits, int prefill_rows);
+  Scheduler(const Limits& limits, int prefill_rows, Reuse reuse);
 
   const Limits& limits() const { return limits_; }
   // Pages of a sequence at its longest; its last token is never fed back.
   static int pages_for(int tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
 
   // 1 <= prompt.size(), prompt.size() + max_tokens <= max_len, pages_for(prompt + max_tokens - 1) <= pages.
-  void add(int64_t uid, std::vector<int32_t> prompt, int max_tokens, const SampleParams& sample, RuleList rules = {});
+  // salt: sequences of different salts take over nothing from each other.
+  void add(int64_t uid, std::vector<int32_t> prompt, int max_tokens, const SampleParams& sample, RuleList rules = {}, std::string salt = {});
 
   // Fills batch and step with the next rows; false when nothing can run before results arrive or requests are added.
   bool schedule(Batch* batch, Step* step);
@@ -51,7 +71,9 @@ class Scheduler {
 
   int running() const { return int(running_.size()); }
   int waiting() const { return int(waiting_.size()); }
-  int free_pages() const { return pages_.free(); }
+  int free_pages() const { return pages_.free() + pages_.idle(); }  // that no sequence holds
+  int cached_pages() const { return pages_.idle(); }                // those among them whose content may still be taken over
+  int64_t evictions() const { return cache_.evictions(); }
   int64_t preemptions() const { return preemptions_; }
 
  private:
@@ -61,9 +83,12 @@ class Scheduler {
     int max_tokens;
     SampleParams sample;
     RuleList rules;
+    std::string salt;
     int slot = -1;
     std::vector<int32_t> pages;
-    int computed = 0;   // tokens whose rows were launched since admission
+    PrefixCache::Place place = nullptr;
+    int published = 0;  // tokens in the cache
+    int computed = 0;   // tokens whose rows were launched since admission, or taken over
     int in_flight = 0;  // tokens being sampled
     bool started = false;
 
@@ -73,11 +98,16 @@ class Scheduler {
     int at_most() const { return prompt_size() + max_tokens - 1; }
     bool prefilled() const { return computed >= prompt_size(); }
     int chosen() const { return int(generated.size()) + in_flight; }
+    int32_t token(int i) const { return i < prompt_size() ? prompt[size_t(i)] : generated[size_t(i - prompt_size())]; }
   };
 
+  int32_t key(const Sequence& s, int i) const;
+  void publish(Sequence& s, int tokens);
+  PrefixCache::Match find(const Sequence& s);
+  bool is_coming(const Sequence& s, int cached) const;
   bool grow(Sequence& s, int tokens);
   void grow_decoding();
-  void admit(Step* step);
+  void admit(Batch* batch, Step* step);
   static bool waits(const Sequence& s);
   void put_row(Batch* batch, const Sequence& s, int32_t token, int position);
   void put_sample(Batch* batch, Step* step, Sequence& s);
@@ -86,11 +116,14 @@ class Scheduler {
   void put_table(Batch* batch, const Sequence& s);
   void preempt_youngest();
   void retire_complete();
-  void release(Sequence& s);
+  void release(Sequence& s, bool resumes = false);
 
   Limits limits_;
   int prefill_rows_, decode_limit_;
+  Reuse reuse_;
   KvPages pages_;
+  PrefixCache cache_;
+  std::vector<int32_t> copied_;  // pages that this step copies from, held until it is complete
   std::vector<int32_t> free_slots_;
   std::unordered_map<int64_t, std::unique_ptr<Sequence>> all_;
   std::vector<Sequence*> running_;  // oldest first

@@ -126,6 +126,7 @@ class ModelRunner final : public Runner {
   std::string device() const override { return rank_[0].ops->device(); }
   std::string dtype() const override { return name_of(rank_[0].ops->act()); }
   int64_t weight_bytes() const override { return weight_bytes_; }
+  bool rows_alike() const override { return rank_[0].ops->rows_alike(); }
 
   void launch(const Batch& batch, int ticket) override {
     ranks_.run([&](int r) {
@@ -164,7 +165,7 @@ class ModelRunner final : public Runner {
     int64_t pages = o.kv_bytes / page;
     if (o.kv_bytes == 0) {
       pages = ops.device() == "cpu" ? 4 * one : int64_t(double(ops.free_memory()) * 0.9) / page;
-      pages = std::min(pages, std::max<int64_t>(o.slots, 1) * one);  // more could never be filled
+      pages = std::min(pages, 4 * std::max<int64_t>(o.slots, 1) * one);  // what the slots can fill, and three times that for the prefix cache
     }
     if (pages < one)
       throw ValueError(cat("kv memory is ", o.kv_bytes ? o.kv_bytes : pages * page, " bytes; one sequence of max_len ",

@@ -24,6 +24,7 @@ Model::Model(const ModelConfig& config, ModelWeights weights, const Limits& limi
     const size_t bytes = size_t(limits.pages) * size_t(kv_heads_) * kPageTokens * d * act;
     layer.kv.k = ops.alloc(bytes);
     layer.kv.v = ops.alloc(bytes);
+    kv_.push_back(layer.kv);
   }
   ops.plan(config, limits, true);
 }
@@ -71,6 +72,7 @@ void Model::forward(const Batch& batch) {
   const bool first = comm_.rank() == 0;  // adds the biases of sums over ranks
   const auto norm = [&](const Norm& n) { ops_.norm(normed_, x_, n, config_.norm, config_.norm_eps, h); };
 
+  ops_.copy_pages(kv_, config_, kv_heads_);
   ops_.embed(x_, weights_.embed);
   if (config_.position == PositionKind::learned) ops_.add_position(x_, weights_.position);
   for (Layer& layer : weights_.layers) {

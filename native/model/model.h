@@ -54,6 +54,7 @@ class Model {
   const int heads_, kv_heads_, intermediate_;  // this rank's
   float *x_, *partial_ = nullptr;              // [T, H]: the residual stream; this rank's part of a sum
   void *normed_, *normed2_ = nullptr, *qkv_, *attended_, *up_, *gated_ = nullptr;
+  std::vector<KvLayer> kv_;                    // [layers]
   float *last_, *local_logits_, *logits_;      // [S, H], [S, V share], [S, V]
   void* last_normed_;                          // [S, H]
 };

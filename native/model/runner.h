@@ -28,6 +28,7 @@ class Runner {
   virtual std::string device() const = 0;   // "cpu", "cuda:0"
   virtual std::string dtype() const = 0;    // compute dtype
   virtual int64_t weight_bytes() const = 0; // read by one decode step
+  virtual bool rows_alike() const = 0;      // Ops::rows_alike
   // Starts a step; tickets alternate 0, 1. collect(ticket) waits for it.
   virtual void launch(const Batch& batch, int ticket) = 0;
   virtual Sampled collect(int ticket) = 0;

@@ -1,6 +1,8 @@
 #include "ops/batch.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstdint>
 
 #include "core/check.h"
 
@@ -31,6 +33,30 @@ void check_edits(const Batch& b, int limit, int vocab) {
       in_range("edits", i, e.token, i > first ? b.edits[i - 1].token + 1 : 0, vocab - 1);
       if (std::isnan(e.add) || !(e.penalty > 0) || std::isinf(e.penalty))
         throw ValueError(cat("batch: edits[", i, "] adds ", e.add, " with penalty ", e.penalty, "; expected a number, and a finite one above 0"));
+    }
+  }
+}
+
+void check_copies(const Batch& b, const Limits& limits) {
+  if (b.copies.empty()) return;
+  if (b.copies.size() > size_t(kDecodeRows)) throw ValueError(cat("batch: ", b.copies.size(), " copies; expected at most ", kDecodeRows));
+  std::vector<int32_t> begin(size_t(limits.slots), INT32_MAX);  // [slots] position of the first row
+  for (int t = 0; t < b.rows(); ++t) begin[size_t(b.slot[t])] = std::min(begin[size_t(b.slot[t])], b.position[t]);
+  for (int i = 0; i < int(b.copies.size()); ++i) {
+    const PageCopy& c = b.copies[size_t(i)];
+    in_range("copies.from", i, c.from, 0, limits.pages - 1);
+    in_range("copies.to", i, c.to, 0, limits.pages - 1);
+    in_range("copies.tokens", i, c.tokens, 1, kPageTokens - 1);
+    for (int j = 0; j < int(b.copies.size()); ++j)
+      if (b.copies[size_t(j)].from == c.to || (i != j && b.copies[size_t(j)].to == c.to))
+        throw ValueError(cat("batch: copy ", i, " writes page ", c.to, ", which copy ", j, " uses"));
+    for (size_t n = 0; n < b.table_slot.size(); ++n) {
+      const int32_t p = begin[size_t(b.table_slot[n])], pages = p == INT32_MAX ? 0 : p / kPageTokens + 1;
+      const int32_t* table = b.table.data() + n * size_t(limits.max_pages());
+      for (int32_t q = 0; q < pages; ++q)
+        if (table[q] == c.to && (q + 1 < pages || p % kPageTokens < c.tokens))
+          throw ValueError(cat("batch: copy ", i, " writes ", c.tokens, " tokens of page ", c.to, "; slot ", b.table_slot[n], " goes on at position ", p,
+                               ", expected to be behind them in that page"));
     }
   }
 }
@@ -78,6 +104,7 @@ void check_batch(const Batch& b, const Limits& limits, int vocab) {
     for (int p = 0; p <= b.position[t] / kPageTokens; ++p)
       in_range("table", table * limits.max_pages() + p, b.table[size_t(table) * limits.max_pages() + p], 0, limits.pages - 1);
   }
+  check_copies(b, limits);
   int next = b.decode_rows;
   for (int i = 0; i < int(b.chunks.size()); ++i) {
     const Chunk& c = b.chunks[i];

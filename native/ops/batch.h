@@ -39,6 +39,12 @@ struct Chunk {
   int position = 0;  // position of the first row's token
 };
 
+// K and V of the first `tokens` places of one page, copied to another one in every layer before the rows of a step run.
+struct PageCopy {
+  int32_t from = 0, to = 0;
+  int32_t tokens = 0;  // 1 .. kPageTokens - 1; the first row of the sequence that has page `to`, if in the step, goes there, behind them
+};
+
 // Rows [0, decode_rows) are decode rows: generated tokens, one row each (several of one sequence, in order of position, when
 // it resumes). Rows [decode_rows, rows()) are prefill rows, grouped in chunks. A row attends to positions 0..its own; the
 // rows' own K and V are stored before any row attends.
@@ -48,6 +54,7 @@ struct Batch {
   std::vector<int32_t> slot;      // [rows] sequence slot, 0 <= slot < slots
   std::vector<int32_t> position;  // [rows]
   std::vector<Chunk> chunks;      // prefill rows, in row order
+  std::vector<PageCopy> copies;   // at most kDecodeRows, in no order: none reads a page that one writes
 
   std::vector<int32_t> logit_row;     // [samples] rows whose next token is sampled; decode rows first; samples <= kDecodeRows
   std::vector<SampleParams> sample;   // [samples]; position of the sampled token = position[row] + 1

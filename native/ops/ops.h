@@ -43,6 +43,8 @@ class Ops {
   virtual ~Ops() = default;
   virtual std::string device() const = 0;  // "cpu", "cuda:0"
   virtual DType act() const = 0;
+  // A decode row leaves the same bits, K and V included, as a prefill row of the same token and position.
+  virtual bool rows_alike() const = 0;
 
   // ---- load time -------------------------------------------------------------------------------------------------
   virtual void* alloc(size_t bytes) = 0;               // zero-filled; freed with the Ops; DeviceError says how much was asked
@@ -85,6 +87,8 @@ class Ops {
   }
   // y = act_fn(gate) * up; y may be gate or up
   virtual void gate(void* y /*[T,F] act*/, const void* gate /*[T,F] act*/, const void* up /*[T,F] act*/, Activation act_fn, int n) = 0;
+  // The batch's page copies in all layers, before any other op of the step reads them. Nothing without copies.
+  virtual void copy_pages(const std::vector<KvLayer>& layers, const ModelConfig& c, int kv_heads) = 0;
   // Rotates Q and K (rope; D = head_dim, first rope_dim dimensions, pairs (i, i + rope_dim/2)), stores K and V in their pages.
   // heads and kv_heads are this rank's.
   virtual void rope_store(void* qkv /*[T,(heads+2*kv_heads)*D] act*/, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) = 0;
