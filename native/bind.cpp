@@ -27,6 +27,12 @@ py::array_t<T> to_array(const std::vector<T>& v) {
   return py::array_t<T>(py::ssize_t(v.size()), v.data());
 }
 
+template <class T>
+py::array_t<T> to_rows(const std::vector<T>& v, int columns) {
+  const py::ssize_t rows = columns > 0 ? py::ssize_t(v.size()) / columns : 0;
+  return py::array_t<T>({rows, py::ssize_t(columns)}, v.data());
+}
+
 std::vector<std::string> to_strings(const std::vector<py::bytes>& v) { return {v.begin(), v.end()}; }
 
 uint64_t random_seed() {
@@ -110,11 +116,11 @@ int64_t submit(Engine& engine, std::vector<int32_t> prompt, std::shared_ptr<Outb
                float top_p, float min_p, std::optional<uint64_t> seed, const std::vector<std::pair<int32_t, float>>& logit_bias,
                float repetition_penalty, float presence_penalty, float frequency_penalty, const std::vector<py::bytes>& bad_words,
                const std::vector<py::bytes>& stop, bool include_stop,
-               std::vector<int32_t> eos_ids, int min_tokens, bool stream, bool logprobs, const py::bytes& cache_salt) {
+               std::vector<int32_t> eos_ids, int min_tokens, bool stream, bool logprobs, int top_logprobs, const py::bytes& cache_salt) {
   Request r;
   r.prompt = std::move(prompt);
   r.max_tokens = max_tokens;
-  r.sample = {temperature, top_k, top_p, min_p, seed ? *seed : random_seed()};
+  r.sample = {temperature, top_k, top_p, min_p, seed ? *seed : random_seed(), top_logprobs};
   r.logit_bias = logit_bias;
   r.penalties = {repetition_penalty, presence_penalty, frequency_penalty};
   r.bad_words = to_strings(bad_words);
@@ -154,6 +160,8 @@ PYBIND11_MODULE(_native, m) {
       .def_readonly("index", &Output::index)
       .def_property_readonly("token_ids", [](const Output& o) { return to_array(o.tokens); })
       .def_property_readonly("logprobs", [](const Output& o) { return to_array(o.logprobs); })
+      .def_property_readonly("top_token_ids", [](const Output& o) { return to_rows(o.top.tokens, o.top_per_token); })
+      .def_property_readonly("top_logprobs", [](const Output& o) { return to_rows(o.top.logprobs, o.top_per_token); })
       .def_property_readonly("text", [](const Output& o) { return py::bytes(o.text); })
       .def_property_readonly("text_start", [](const Output&) { return 0; })
       .def_property_readonly("text_bytes", [](const Output& o) { return o.text.size(); })
@@ -188,7 +196,7 @@ PYBIND11_MODULE(_native, m) {
            py::arg("seed") = py::none(), py::arg("logit_bias") = std::vector<std::pair<int32_t, float>>(), py::arg("repetition_penalty") = 1.0,
            py::arg("presence_penalty") = 0.0, py::arg("frequency_penalty") = 0.0, py::arg("bad_words") = py::typing::List<py::bytes>(), py::arg("stop") = py::typing::List<py::bytes>(), py::arg("include_stop") = false,
            py::arg("eos_ids") = std::vector<int32_t>(), py::arg("min_tokens") = 0, py::arg("stream") = true, py::arg("logprobs") = false,
-           py::arg("cache_salt") = py::bytes(),
+           py::arg("top_logprobs") = 0, py::arg("cache_salt") = py::bytes(),
            "Uid of the new request; its chunks go to outbox.")
       .def("cancel", &Engine::cancel, py::arg("uid"), py::call_guard<py::gil_scoped_release>(),
            "False when the request is unknown or has ended.")

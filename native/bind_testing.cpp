@@ -39,7 +39,7 @@ Batch to_batch(const py::dict& d) {
   const auto params = field<std::vector<py::dict>>(d, "sample", {});
   for (size_t i = 0; i < std::min(params.size(), b.sample.size()); ++i)
     b.sample[i] = {field(params[i], "temperature", 0.f), field(params[i], "top_k", 0), field(params[i], "top_p", 1.f),
-                   field(params[i], "min_p", 0.f), field<uint64_t>(params[i], "seed", 0)};
+                   field(params[i], "min_p", 0.f), field<uint64_t>(params[i], "seed", 0), field(params[i], "top_tokens", 0)};
   b.edit_begin = field<std::vector<int32_t>>(d, "edit_begin", {});
   for (auto& [token, add, penalty] : field<std::vector<std::tuple<int32_t, float, float>>>(d, "edits", {})) b.edits.push_back({token, add, penalty});
   b.mask_of = field<std::vector<int32_t>>(d, "mask_of", {});
@@ -238,9 +238,19 @@ class TestOps {
     if (logits.ndim() != 2 || logits.shape(0) != b.samples()) throw ValueError("logits: expected [samples, vocab]");
     Buffer from = in(logits, DType::f32);
     ops_->step(b, 0, [&] { ops_->sample(from.floats(), int(logits.shape(1))); });
-    const Sampled s = ops_->collect(0);
-    return py::make_tuple(py::array_t<int32_t>(py::ssize_t(s.token.size()), s.token.data()),
-                          py::array_t<float>(py::ssize_t(s.logprob.size()), s.logprob.data()));
+    sampled_ = ops_->collect(0);
+    return py::make_tuple(py::array_t<int32_t>(py::ssize_t(sampled_.token.size()), sampled_.token.data()),
+                          py::array_t<float>(py::ssize_t(sampled_.logprob.size()), sampled_.logprob.data()));
+  }
+
+  // of the last sample(): [samples, TOP_TOKENS] tokens and log-probs, [0] when none were asked for
+  py::tuple top_tokens() const {
+    const std::vector<py::ssize_t> shape{py::ssize_t(sampled_.top_token.size() / kTopTokens), kTopTokens};
+    py::array_t<int32_t> token(shape);
+    Floats logprob(shape);
+    std::copy(sampled_.top_token.begin(), sampled_.top_token.end(), token.mutable_data());
+    std::copy(sampled_.top_logprob.begin(), sampled_.top_logprob.end(), logprob.mutable_data());
+    return py::make_tuple(token, logprob);
   }
 
  private:
@@ -311,6 +321,7 @@ class TestOps {
   std::unique_ptr<Ops> ops_;
   ModelConfig config_;
   Limits limits_;
+  Sampled sampled_;
 };
 
 py::tuple step(Runner& runner, const py::dict& batch, int ticket) {
@@ -363,6 +374,7 @@ void bind_testing(py::module_& module) {
   m.attr("PAGE_TOKENS") = kPageTokens;
   m.attr("DECODE_ROWS") = kDecodeRows;
   m.attr("LAST_TOKEN") = kLastToken;
+  m.attr("TOP_TOKENS") = kTopTokens;
   m.def("cpu_kernels", &cpu_kernels, "Instruction sets that the CPU ops can use here, best first.");
 
   py::class_<TestOps>(m, "Ops")
@@ -393,7 +405,8 @@ void bind_testing(py::module_& module) {
       .def("zero", &TestOps::zero, "batch"_a, "y"_a)
       .def("add", &TestOps::add, "batch"_a, "y"_a, "x"_a)
       .def("gather_logit_rows", &TestOps::gather_logit_rows, "batch"_a, "x"_a)
-      .def("sample", &TestOps::sample, "batch"_a, "logits"_a);
+      .def("sample", &TestOps::sample, "batch"_a, "logits"_a)
+      .def_property_readonly("top_tokens", &TestOps::top_tokens);
 
   py::class_<Runner>(m, "Runner")
       .def(py::init(&make_runner), "weights"_a, "device"_a = "cpu", "dtype"_a = "auto", "tensor_parallel"_a = 1, "slots"_a = 16,

@@ -28,7 +28,7 @@ struct FakeOptions {
 
 // Emulates a device: a thread runs steps in order, launch() returns at once. One KV "vector" is the (token, position, kind) that
 // was stored; the next token of a row is a hash of all tokens and kinds up to it, read back through the page table, taken modulo the
-// number of tokens that masks allow and edits do not ban.
+// number of tokens that masks allow and edits do not ban. It reports the tokens from the chosen one on as the most likely.
 class FakeRunner final : public Runner {
  public:
   FakeRunner(const Limits& limits, int vocab, const std::string& device, const FakeOptions& options)
@@ -171,6 +171,7 @@ class FakeRunner final : public Runner {
       last_[size_t(slot)] = token;
       out.token.push_back(token);
       out.logprob.push_back(-0.25f * float(token));
+      for (int k = 0; k < kTopTokens; ++k) out.top_token.push_back((token + k) % config_.vocab), out.top_logprob.push_back(-0.25f * float(token + k));
     }
     return out;
   }

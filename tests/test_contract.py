@@ -72,7 +72,7 @@ def test_submit_keywords_are_the_engines() -> None:
 def test_defaults() -> None:
     assert submit() == dict(max_tokens=128, min_tokens=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=None, stop=(), logit_bias={},
                             repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, bad_words=(),
-                            include_stop=False, ignore_eos=False, stream=False, logprobs=False, cache_salt="")
+                            include_stop=False, ignore_eos=False, stream=False, logprobs=False, top_logprobs=0, cache_salt="")
 
 
 @pytest.mark.parametrize("given, temperature", [
@@ -94,6 +94,14 @@ def test_equal_values_given_twice_are_one() -> None:
     text = json.dumps({"temperature": "0.7", "stop": "a", "min_tokens": 2.0})
     request = parse({**tensors, "sampling_parameters": np.array([[text.encode()]], object)}, {"temperature": 0.7, "min_length": "2"})
     assert request.submit["stop"] == ("a",) and request.submit["min_tokens"] == 2
+
+
+@pytest.mark.parametrize("given, logprobs, top", [
+    ('{"logprobs": 0}', True, 0), ('{"logprobs": 5}', True, 5), ('{"logprobs": true}', True, 0), ('{"logprobs": null}', False, 0),
+    ('{"logprobs": true, "top_logprobs": 3}', True, 3), ('{"top_logprobs": 3}', True, 3)])
+def test_log_probs_under_vllms_and_openais_names(given: str, logprobs: bool, top: int) -> None:
+    options = submit(sampling_parameters=given)
+    assert (options["logprobs"], options["top_logprobs"]) == (logprobs, top)
 
 
 def test_biases() -> None:
@@ -127,7 +135,8 @@ def test_biases() -> None:
     (dict(stream="yes"), "parameter stream is 'yes'; expected true or false"),
     (dict(seed=2**64), "it must be between 0 and 18446744073709551615"),
     (dict(input_ids=3), "input_ids is a tensor"),
-    (dict(sampling_parameters='{"logprobs": 5}'), "sampling_parameters.logprobs is 5; it must be between 0 and 1"),
+    (dict(sampling_parameters='{"logprobs": 21}'), "sampling_parameters.logprobs is 21; it must be between 0 and 20"),
+    (dict(sampling_parameters='{"logprobs": 2, "top_logprobs": 3}'), "give one of them"),
     (dict(sampling_parameters='{"use_beam_search": true}'), "sampling_parameters.use_beam_search is True; accepted: null, false"),
     (dict(sampling_parameters='{"stop": [1]}'), "sampling_parameters.stop is 1; expected a string"),
     (dict(sampling_parameters="[" * 100000), "sampling_parameters is not JSON"),

@@ -383,6 +383,26 @@ def test_sampling_with_edits_and_masks(vocab):
     assert ops[1].sample(plain, logits)[0][rows // 2:].tolist() == got[rows // 2:].tolist()
 
 
+@pytest.mark.parametrize("vocab", [1, 7, 33, 1000, 100864, 200000])
+def test_top_tokens(vocab):
+    ops = testing.Ops("cpu", threads=2), testing.Ops("cuda", "float16")
+    for o in ops:
+        o.plan(config(vocab=vocab), SLOTS, ROWS, MAX_LEN, 512)
+    rows = 60
+    logits = (np.random.default_rng(vocab).standard_normal((rows, vocab)) * 3).astype(np.float32)
+    logits[0::5] = np.round(logits[0::5])  # ties
+    logits[3, ::2] = -np.inf
+    counts = [(s * 7) % (testing.TOP_TOKENS + 1) for s in range(rows)]
+    params = [dict(SAMPLING[s % len(SAMPLING)], top_tokens=n) for s, n in enumerate(counts)]
+    edits, allowed = random_changes(vocab, rows, 1)
+    batch = make_batch(Pages(SLOTS, MAX_LEN, 512), decode=[(i, 0, i) for i in range(rows)], logits="all", sample=params) | changes(vocab, edits, allowed)
+    np.testing.assert_array_equal(*(o.sample(batch, logits)[0] for o in ops))
+    (want, want_logprobs), (got, got_logprobs) = (o.top_tokens for o in ops)
+    for s, n in enumerate(counts):
+        np.testing.assert_array_equal(got[s, :n], want[s, :n])
+        np.testing.assert_allclose(got_logprobs[s, :n], want_logprobs[s, :n], rtol=1e-5, atol=2e-5)
+
+
 def test_recorded_steps_with_edits(tmp_path):
     """Steps of one number of rows with and without changes alternate: each kind is recorded and replayed, and sees its own changes."""
     _, native = make_neox(tmp_path)

@@ -53,6 +53,20 @@ def test_stream_equals_generate(engine):
     assert whole.token_ids.dtype == np.int32 and whole.logprobs.dtype == np.float32
 
 
+def test_top_logprobs_go_with_their_tokens(engine):
+    """Through holding back, merging and cutting: the fake device reports token, token + 1, .. as the most likely."""
+    free = engine.generate(PROMPT, max_tokens=60, seed=4, ignore_eos=True)
+    for options in (dict(), dict(stop=[free.text[20:24]]), dict(max_tokens=1)):
+        options = {**dict(max_tokens=60, seed=4, ignore_eos=True, top_logprobs=3), **options}
+        for chunks in ([engine.generate(PROMPT, **options)], list(engine.stream(PROMPT, **options))):
+            for c in chunks:
+                n = len(c.token_ids)
+                assert c.top_token_ids.shape == c.top_logprobs.shape == (n, 3) and c.top_token_ids.dtype == np.int32
+                assert (c.top_token_ids == (c.token_ids[:, None] + np.arange(3)) % 64).all()
+                assert (c.top_logprobs == -0.25 * (c.token_ids[:, None] + np.arange(3))).all() and c.logprobs.size == 0
+    assert free.top_token_ids.size == 0
+
+
 def test_tokens_come_one_by_one():
     with slow() as e:
         chunks = list(e.stream(PROMPT, max_tokens=10, ignore_eos=True))
@@ -151,6 +165,8 @@ BAD = [
     (dict(min_p=-0.5), "min_p is -0.5"),
     (dict(min_p=1.01), "min_p is 1.01"),
     (dict(seed=-1), "seed is -1"),
+    (dict(top_logprobs=21), "top_logprobs is 21; expected 0..20"),
+    (dict(top_logprobs=-1), "top_logprobs is -1"),
     (dict(seed=2**64), "seed is 18446744073709551616"),
     (dict(stop=["a", ""]), r"stop\[1\] is empty"),
     (dict(stop=["x" * 70000]), "stop has 70000 bytes; expected at most 65536"),

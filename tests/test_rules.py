@@ -122,6 +122,17 @@ def test_logprobs_are_the_models_own(engine):
         assert same.token_ids[0] == token and same.logprobs[0] == plain.logprobs[0]
 
 
+def test_top_logprobs_are_the_models_own(native, engine):
+    prompt = prompt_of(4)
+    got = engine.generate(prompt, max_tokens=12, logprobs=True, top_logprobs=7, ignore_eos=True, temperature=1.5, seed=3, repetition_penalty=1.7)
+    logits = prompt_logits(runner(native), prompt + got.token_ids.tolist())[len(prompt) - 1:-1]
+    want = torch.log_softmax(torch.from_numpy(logits).double(), -1)
+    values, ids = want.topk(7)
+    assert got.top_token_ids.tolist() == ids.tolist()
+    np.testing.assert_allclose(got.top_logprobs, values, atol=1e-5)
+    np.testing.assert_allclose(got.logprobs, want[np.arange(12), got.token_ids], atol=1e-5)
+
+
 def test_min_tokens_is_transformers(native, engine, ops):
     from transformers.generation.logits_process import MinNewTokensLengthLogitsProcessor
 

@@ -225,3 +225,33 @@ def test_bad_changes_are_refused(ops, fields, said):
     batch = make_batch(Pages(8, 20000, 5000), prefill=[(0, [0, 0], 0)], logits="all", sample=[{}, {}])
     with pytest.raises(ValueError, match=said):
         ops.sample({**batch, **fields}, np.zeros((2, 100831), np.float32))
+
+
+# ---- the most likely tokens ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab", [1, 7, 20, 500, 5000])
+def test_top_tokens(vocab):
+    ops, k = of_vocab(vocab), testing.TOP_TOKENS
+    logits = normal(60, vocab, seed=vocab, scale=3)
+    logits[1] = np.round(logits[1])  # ties: the lower id first
+    logits[2, ::2] = -np.inf
+    if vocab > 20:
+        logits[3, 5] = np.nan
+    counts = [(s * 7) % (k + 1) for s in range(60)]
+    params = [dict(top_tokens=n, temperature=0.5 * (s % 2), seed=s) for s, n in enumerate(counts)]
+    edits, allowed = random_changes(vocab, 60, 1)  # which do not matter
+    batch = make_batch(Pages(8, 20000, 5000), prefill=[(0, [0] * 60, 0)], logits="all", sample=params) | changes(vocab, edits, allowed)
+    tokens, logprobs = ops.sample(batch, logits)
+    top, top_logprobs = ops.top_tokens
+    for s, n in enumerate(counts):
+        order = np.argsort(-np.nan_to_num(logits[s].astype(np.float64), nan=-np.inf, neginf=-1e300), kind="stable")[:n]
+        assert top[s, :len(order)].tolist() == order.tolist() and (top[s, len(order):n] == -1).all()
+        want = torch.log_softmax(torch.from_numpy(logits[s]).double(), -1).numpy()[order]
+        np.testing.assert_allclose(top_logprobs[s, :len(order)], want, atol=2e-5, rtol=1e-6)
+        if tokens[s] in order:
+            assert top_logprobs[s, order.tolist().index(tokens[s])] == logprobs[s] or np.isnan(logprobs[s])
+    ops.sample(batch | dict(sample=[{}] * 60), logits)
+    assert ops.top_tokens[0].shape == (0, k)
+    with pytest.raises(ValueError, match=r"top_tokens\[0\] is 21; expected 0 to 20"):
+        ops.sample(batch | dict(sample=[dict(top_tokens=21)] * 60), logits)

@@ -102,8 +102,10 @@ OPTIONS = (
     Option("ignore_eos", "BOOL", "go on after an end token", default=False, submit="ignore_eos"),
     Option("stream", "BOOL", "send text as it comes; else one response", default=False, submit="stream"),
     Option("exclude_input_in_output", "BOOL", "leave the prompt out of text_output; the default is a model setting"),
-    Option("return_log_probs", "BOOL", "fill cum_log_probs and output_log_probs", default=False, json="logprobs",
+    Option("return_log_probs", "BOOL", "report the new tokens and their log-probabilities; true with num_log_probs", default=False, json="logprobs",
            submit="logprobs"),
+    Option("num_log_probs", "INT32", "how many of the most likely tokens to report in the place of each new one", default=0, low=0,
+           high=20, json="top_logprobs", submit="top_logprobs"),
     Option("pad_id", "INT32", "accepted; nothing is padded"),
     Option("length_penalty", "FP32", "accepted; without beams it has no effect"),
     Option("beam_search_diversity_rate", "FP32", "accepted; without beams it has no effect"),
@@ -135,11 +137,17 @@ COUNTS = (
     Tensor("num_cached_tokens", "INT32", 1, "tokens of the prompt that were not computed again"),
     Tensor("cum_log_probs", "FP32", 1, "sum of the log-probabilities so far (return_log_probs)"),
     Tensor("output_log_probs", "FP32", -1, "log-probability of each new token (return_log_probs)"),
+    Tensor("top_token_ids", "INT32", -1, "the num_log_probs most likely tokens in the place of each new token, the likeliest first"),
+    Tensor("top_log_probs", "FP32", -1, "their log-probabilities"),
 )
 ENDING = (
     Tensor("finish_reason", "STRING", 1, "last response: eos, stop, length, cancelled or error"),
     Tensor("stop_reason", "STRING", 1, "last response: the stop string that ended the text"),
     Tensor("timings", "FP32", 3, "last response: seconds queued, in the prompt, generating"),
+)
+TOKENS = (
+    Tensor("output_token_ids", "INT32", -1, "the new tokens (return_log_probs)"),
+    Tensor("top_tokens", "STRING", -1, "the texts of top_token_ids; those of special tokens are empty"),
 )
 _CHUNK_INDEX = Tensor("chunk_index", "INT32", 1, "0, 1, 2 .. within a request")
 INPUT_IDS = Tensor("input_ids", "INT32", -1, "the prompt's tokens")
@@ -190,7 +198,7 @@ MODELS = (
                       "together (Triton itself has no back-pressure)", int, 1, 10**6))),
     Model(DETOKENIZER, "Token chunks to text, a pure function of one chunk; an in-band error becomes an error.",
           _CHUNK, (Tensor("text_output", "STRING", 1, "new text; its concatenation is the whole text"), _CHUNK_INDEX,
-                   Tensor("sequence_index", "INT32", 1, "0"), Tensor("batch_index", "INT32", 1, "0")) + ENDING + COUNTS,
+                   Tensor("sequence_index", "INT32", 1, "0"), Tensor("batch_index", "INT32", 1, "0")) + ENDING + COUNTS + TOKENS,
           settings=(_TOKENIZER_DIR,)),
 )
 MODEL = {m.name: m for m in MODELS}

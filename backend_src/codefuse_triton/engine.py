@@ -28,6 +28,8 @@ class Result:
     text: str
     token_ids: npt.NDArray[np.int32]
     logprobs: npt.NDArray[np.float32]  # of token_ids, empty unless asked for
+    top_token_ids: npt.NDArray[np.int32]  # [len(token_ids), top_logprobs] likeliest first, empty unless asked for
+    top_logprobs: npt.NDArray[np.float32]  # and their log-probabilities
     cum_logprob: float
     finish_reason: str  # eos | stop | length | cancelled
     stop_reason: str
@@ -150,7 +152,7 @@ class Engine:
                repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
                bad_words: Sequence[str | bytes] = (), stop: Sequence[str | bytes] = (), include_stop: bool = False,
                eos_ids: Sequence[int] | None = None, ignore_eos: bool = False, min_tokens: int = 0, stream: bool = True,
-               logprobs: bool = False, cache_salt: str | bytes = b"") -> int:
+               logprobs: bool = False, top_logprobs: int = 0, cache_salt: str | bytes = b"") -> int:
         """Starts a completion whose chunks go to `outbox`; returns its uid, a positive number never used again.
 
         prompt: text, UTF-8 bytes or token ids. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. seed None draws
@@ -163,14 +165,14 @@ class Engine:
         before the first of these to end in it (after it with include_stop). min_tokens: no end token is sampled before, stop
         strings do not end the output.
         stream=False delivers one chunk with everything. logprobs: of each token under the model itself: before temperature, biases,
-        penalties and bans.
+        penalties and bans. top_logprobs: how many of the most likely tokens to report with each token, at most 20.
         cache_salt: only requests of the same one reuse each other's computed prompts.
 
         ValueError names field, value and limit; QueueFull; DeviceError once the device has failed.
         """
         if seed is not None and not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}; expected 0..{2**64 - 1}")
-        for name, value in (("max_tokens", max_tokens), ("min_tokens", min_tokens), ("top_k", top_k)):
+        for name, value in (("max_tokens", max_tokens), ("min_tokens", min_tokens), ("top_k", top_k), ("top_logprobs", top_logprobs)):
             if abs(value) >= 2**31:
                 raise ValueError(f"{name} is {value}; expected less than {2**31}")
         bias = self._bias(logit_bias or {})
@@ -181,7 +183,7 @@ class Engine:
                                    min_p=min_p, seed=seed, logit_bias=bias + [(id, -math.inf) for id in bans], repetition_penalty=repetition_penalty,
                                    presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, bad_words=words,
                                    stop=_as_bytes("stop", stop), include_stop=include_stop, eos_ids=eos, min_tokens=min_tokens,
-                                   stream=stream, logprobs=logprobs, cache_salt=_key_bytes("cache_salt", cache_salt))
+                                   stream=stream, logprobs=logprobs, top_logprobs=top_logprobs, cache_salt=_key_bytes("cache_salt", cache_salt))
 
     def _bias(self, given: Mapping[int | str, float]) -> list[tuple[int, float]]:
         bias: list[tuple[int, float]] = []
@@ -205,7 +207,7 @@ class Engine:
         uid = self.submit(prompt, outbox=outbox, stream=False, **options)
         with Stream(self, uid, outbox) as chunks:
             c = next(chunks)
-        return Result(uid, c.text.decode("utf-8", "replace"), c.token_ids, c.logprobs, c.cum_logprob, c.finish_reason, c.stop_reason,
+        return Result(uid, c.text.decode("utf-8", "replace"), c.token_ids, c.logprobs, c.top_token_ids, c.top_logprobs, c.cum_logprob, c.finish_reason, c.stop_reason,
                       c.num_input_tokens, c.num_output_tokens, c.num_cached_tokens, c.queue_s, c.prefill_s, c.decode_s)
 
     def cancel(self, uid: int) -> bool:

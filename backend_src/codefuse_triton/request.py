@@ -191,8 +191,8 @@ def _read_json(text: str, options: _Options) -> None:
                                  + "".join(f", {json.dumps(a)}" for a in accepted))
             continue
         if name == "logprobs" and not isinstance(value, bool):  # vLLM: how many alternatives beside the sampled token
-            count = _number(Option("logprobs", "INT32", "", low=0, high=1), value, f"{where}.logprobs")
-            value = count >= 0
+            options.put(OPTION_BY_NAME["num_log_probs"], value, f"{where}.logprobs")
+            value = True
         option = OPTION_BY_JSON.get(name)
         if option is None:
             raise _unknown(name, where, (*OPTION_BY_JSON, *contract.JSON_IGNORED))
@@ -233,6 +233,7 @@ def parse(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any], *, e
         samples = submit["top_k"] > 1 or 0 < submit["top_p"] < 1 or submit["min_p"] > 0
         submit["temperature"] = 1.0 if samples else 0.0
     submit["logit_bias"] = _bias(submit["logit_bias"] or (), options.get("embedding_bias_words"), options.get("embedding_bias_weights"))
+    submit["logprobs"] = submit["logprobs"] or submit["top_logprobs"] > 0
     submit["top_k"] = max(submit["top_k"], 0)
     if submit["top_p"] == 0:
         submit["top_k"], submit["top_p"] = 1, 1.0

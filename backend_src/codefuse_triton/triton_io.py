@@ -88,9 +88,10 @@ class TokenizerModel:
 class _Sender:
     """The Reply of one request: chunks to tensors."""
 
-    def __init__(self, sender: Any, log_probs: bool) -> None:
+    def __init__(self, sender: Any, log_probs: bool, top_log_probs: bool) -> None:
         self._sender = sender
         self._log_probs = log_probs
+        self._top_log_probs = top_log_probs
 
     def is_cancelled(self) -> bool:
         return self._sender.is_cancelled()
@@ -109,6 +110,9 @@ class _Sender:
         if self._log_probs:
             tensors += [_tensor("cum_log_probs", chunk.cum_logprob, np.float32),
                         pb_utils.Tensor("output_log_probs", np.asarray(chunk.logprobs, np.float32)[None])]
+        if self._top_log_probs:
+            tensors += [pb_utils.Tensor("top_token_ids", np.asarray(chunk.top_token_ids, np.int32).reshape(1, -1)),
+                        pb_utils.Tensor("top_log_probs", np.asarray(chunk.top_logprobs, np.float32).reshape(1, -1))]
         if echo:
             tensors.append(_text("echo", echo))
         if not chunk.finish_reason:
@@ -183,7 +187,7 @@ class GeneratorModel:
         try:
             parameters = json.loads(request.parameters() or "{}")
             parsed = parse(given, parameters, exclude_input=self._exclude_input)
-            self._service.submit(parsed, _Sender(sender, parsed.submit["logprobs"]))
+            self._service.submit(parsed, _Sender(sender, parsed.submit["logprobs"], parsed.submit["top_logprobs"] > 0))
         except ValueError as error:
             _finish(sender, _error(str(error), "INVALID_ARGUMENT"))
         except (QueueFull, Draining) as error:
@@ -233,16 +237,24 @@ class DetokenizerModel:
     def _outputs(self, chunk: dict[str, Any], index: int, last: bool) -> list[Any]:
         ids = chunk["output_ids"].as_numpy().reshape(-1)
         start, size = (int(chunk[name].as_numpy().reshape(-1)[0]) for name in ("text_start", "text_bytes"))
-        text = _valid_utf8(b"".join([self._bytes[i] for i in ids])[start:start + size])
+        text = _valid_utf8(b"".join([self._text(i) for i in ids])[start:start + size])
         if "echo" in chunk:
             text = chunk["echo"].as_numpy().reshape(-1)[0] + text
         # [1], not [1, 1]: clients of tensorrtllm_backend read as_numpy("text_output")[0]
         outputs = [_text("text_output", text, (1,)), _tensor("chunk_index", index), _tensor("sequence_index", 0),
                    _tensor("batch_index", 0)]
         outputs += [pb_utils.Tensor(t.name, chunk[t.name].as_numpy()) for t in contract.COUNTS if t.name in chunk]
+        if "output_log_probs" in chunk:
+            outputs.append(pb_utils.Tensor("output_token_ids", ids[None]))
+        if "top_token_ids" in chunk:
+            texts = [_valid_utf8(self._text(i)) for i in chunk["top_token_ids"].as_numpy().reshape(-1)]
+            outputs.append(pb_utils.Tensor("top_tokens", np.array([texts], np.object_)))
         if last:
             outputs += [pb_utils.Tensor(t.name, chunk[t.name].as_numpy()) for t in contract.ENDING]
         return outputs
+
+    def _text(self, token: int) -> bytes:
+        return self._bytes[token] if token < len(self._bytes) else b""  # a model's vocabulary may be padded
 
     @staticmethod
     def _stop(uid: Any) -> None:

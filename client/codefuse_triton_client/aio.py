@@ -10,7 +10,7 @@ from .protocol import CHANNEL_OPTIONS, Chunk, Progress, Result, error_from_statu
 
 
 class AsyncStream(AsyncIterator[Chunk]):
-    """The chunks of one completion. aclose(), the end of `async with`, garbage collection or the task's cancellation cancel."""
+    """The chunks of one completion, those of n answers interleaved. aclose(), the end of `async with`, garbage collection or the task's cancellation cancel."""
 
     def __init__(self, call: Any) -> None:
         self._call = call
@@ -34,7 +34,12 @@ class AsyncStream(AsyncIterator[Chunk]):
 
     @property
     def result(self) -> Result:
-        """After the last chunk."""
+        """After the last chunk; the first of several answers."""
+        return self._progress.end()[0]
+
+    @property
+    def results(self) -> list[Result]:
+        """After the last chunk: all n answers."""
         return self._progress.end()
 
     async def aclose(self) -> None:
@@ -74,12 +79,17 @@ class AsyncClient:
 
     async def complete(self, prompt: str | bytes, *, request_id: str = "", timeout_s: float | None = None,
                        **options: Any) -> Result:
-        """The whole text at once."""
+        """The whole text at once; of n answers the first."""
+        return (await self.complete_all(prompt, request_id=request_id, timeout_s=timeout_s, **options))[0]
+
+    async def complete_all(self, prompt: str | bytes, *, request_id: str = "", timeout_s: float | None = None,
+                           **options: Any) -> list[Result]:
+        """All n answers."""
         async with self._call(make_request(self._model, prompt, stream=False, request_id=request_id, options=options),
                               timeout_s) as stream:
             async for _ in stream:
                 pass
-            return stream.result
+            return stream.results
 
     def _call(self, request: service_pb2.ModelInferRequest, timeout_s: float | None) -> AsyncStream:
         return AsyncStream(self._stub.ModelStreamInfer(iter([request]), timeout=timeout_s))

@@ -26,7 +26,8 @@ OPTIONS = {
     "stop": ("stop_words", "BYTES"), "include_stop": ("include_stop", "BOOL"), "end_id": ("end_id", "INT32"),
     "stop_token_ids": ("stop_token_ids", "INT32"), "ignore_eos": ("ignore_eos", "BOOL"),
     "exclude_input": ("exclude_input_in_output", "BOOL"), "logprobs": ("return_log_probs", "BOOL"),
-    "cache_salt": ("cache_salt", "BYTES"), "sampling_parameters": ("sampling_parameters", "BYTES"),
+    "top_logprobs": ("num_log_probs", "INT32"), "cache_salt": ("cache_salt", "BYTES"),
+    "sampling_parameters": ("sampling_parameters", "BYTES"),
 }
 _NUMPY = {"INT32": np.int32, "FP32": np.float32, "UINT64": np.uint64, "BOOL": np.bool_, "INT64": np.int64}
 
@@ -44,12 +45,23 @@ class InvalidRequest(CompletionError, ValueError):
 
 
 @dataclass(frozen=True)
+class TopToken:
+    """One of the most likely tokens in the place of a token of the text."""
+    id: int
+    text: str  # empty: a special token
+    log_prob: float
+
+
+@dataclass(frozen=True)
 class Chunk:
     text: str
     index: int
     num_output_tokens: int  # so far
-    finish_reason: str = ""  # last chunk: eos, stop, length or cancelled
-    log_probs: tuple[float, ...] = ()
+    finish_reason: str = ""  # last chunk of an answer: eos, stop, length or cancelled
+    log_probs: tuple[float, ...] = ()  # of token_ids, with logprobs or top_logprobs
+    token_ids: tuple[int, ...] = ()
+    top: tuple[tuple[TopToken, ...], ...] = ()  # for each of token_ids, the likeliest first, with top_logprobs
+    sequence_index: int = 0  # which answer, of n
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,9 @@ class Result:
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
     cum_log_prob: float = 0.0
-    log_probs: tuple[float, ...] = ()
+    log_probs: tuple[float, ...] = ()  # of token_ids, with logprobs or top_logprobs
+    token_ids: tuple[int, ...] = ()
+    top: tuple[tuple[TopToken, ...], ...] = ()  # for each of token_ids
     timings: Timings = field(default_factory=Timings)
 
 
@@ -145,16 +159,22 @@ def error_from_status(error: grpc.RpcError) -> CompletionError:
     return _error(error.details() or str(error), code.name if code is not None else "UNKNOWN")
 
 
+class _Sequence:
+    """What has come of one answer."""
+
+    def __init__(self) -> None:
+        self.first: float | None = None
+        self.chunks: list[Chunk] = []
+        self.result: Result | None = None
+
+
 class Progress:
-    """Collects the responses of one request, checks their order, makes the result."""
+    """Collects the responses of one request, checks their order, makes the results."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
-        self._first: float | None = None
-        self._texts: list[str] = []
-        self._log_probs: list[float] = []
-        self._next_index = 0
-        self.result: Result | None = None
+        self._sequences: dict[int, _Sequence] = {}
+        self._final = False
         self.error: CompletionError | None = None
 
     def take(self, response: service_pb2.ModelStreamInferResponse) -> Chunk | None:
@@ -165,6 +185,7 @@ class Progress:
             self.error = _error(response.error_message)
             return None
         infer = response.infer_response
+        self._final = self._final or infer.parameters["triton_final_response"].bool_param
         if not infer.outputs:
             return None
         values = {o.name: (o.datatype, raw) for o, raw in zip(infer.outputs, infer.raw_output_contents)}
@@ -174,36 +195,42 @@ class Progress:
                 return default
             kind, raw = values[name]
             if kind == "BYTES":
-                return _read_bytes_tensor(raw)[0].decode(errors="replace")
+                return [text.decode(errors="replace") for text in _read_bytes_tensor(raw)]
             return np.frombuffer(raw, _NUMPY[kind]).tolist()
 
+        number = read("sequence_index", [0])[0]
+        sequence = self._sequences.setdefault(number, _Sequence())
         now = time.monotonic() - self._started
-        self._first = now if self._first is None else self._first
-        index = read("chunk_index", [self._next_index])[0]
-        if index != self._next_index:
-            raise CompletionError(f"chunk {index} came where chunk {self._next_index} was expected", "DATA_LOSS")
-        self._next_index += 1
-        text, log_probs = read("text_output", ""), read("output_log_probs", [])
-        self._texts.append(text)
-        self._log_probs += log_probs
-        chunk = Chunk(text, index, read("num_output_tokens", [0])[0], read("finish_reason", ""), tuple(log_probs))
+        sequence.first = now if sequence.first is None else sequence.first
+        index = read("chunk_index", [len(sequence.chunks)])[0]
+        if index != len(sequence.chunks):
+            raise CompletionError(f"chunk {index} came where chunk {len(sequence.chunks)} was expected", "DATA_LOSS")
+        ids = tuple(read("output_token_ids", []))
+        tops = [TopToken(*t) for t in zip(read("top_token_ids", []), read("top_tokens", []), read("top_log_probs", []))]
+        each = len(tops) // max(len(ids), 1)
+        chunk = Chunk(read("text_output", [""])[0], index, read("num_output_tokens", [0])[0], read("finish_reason", [""])[0],
+                      tuple(read("output_log_probs", [])), ids, tuple(tuple(tops[i * each:(i + 1) * each]) for i in range(len(ids) * (each > 0))),
+                      number)
+        sequence.chunks.append(chunk)
         if chunk.finish_reason:
-            self.result = Result(
-                "".join(self._texts), chunk.finish_reason, read("stop_reason", ""), read("num_input_tokens", [0])[0],
+            sequence.result = Result(
+                "".join(c.text for c in sequence.chunks), chunk.finish_reason, read("stop_reason", [""])[0], read("num_input_tokens", [0])[0],
                 chunk.num_output_tokens, read("num_cached_tokens", [0])[0], read("cum_log_probs", [0.0])[0],
-                tuple(self._log_probs), Timings(*read("timings", [0.0] * 3), self._first, now))
+                tuple(p for c in sequence.chunks for p in c.log_probs), tuple(i for c in sequence.chunks for i in c.token_ids),
+                tuple(t for c in sequence.chunks for t in c.top), Timings(*read("timings", [0.0] * 3), sequence.first, now))
         return chunk
 
     @property
     def finished(self) -> bool:
         """The server has said its last word."""
-        return self.result is not None or self.error is not None
+        return self._final or self.error is not None
 
-    def end(self) -> Result:
-        """At the end of the stream. An error is raised here, not when it comes: Triton keeps the memory of a request whose
-        stream is cancelled after its last response, so every stream is read to its end."""
+    def end(self) -> list[Result]:
+        """At the end of the stream: the answers in order. An error is raised here, not when it comes: Triton keeps the memory of a
+        request whose stream is cancelled after its last response, so every stream is read to its end."""
         if self.error is not None:
             raise self.error
-        if self.result is None:
+        results = [self._sequences[i].result for i in sorted(self._sequences)]
+        if not results or None in results:
             raise CompletionError("the stream ended before the text was finished", "UNAVAILABLE")
-        return self.result
+        return [r for r in results if r is not None]

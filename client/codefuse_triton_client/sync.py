@@ -10,7 +10,7 @@ from .protocol import CHANNEL_OPTIONS, Chunk, Progress, Result, error_from_statu
 
 
 class Stream(Iterator[Chunk]):
-    """The chunks of one completion. Ending the iteration early (break, close, garbage collection) cancels the request."""
+    """The chunks of one completion, those of n answers interleaved. Ending the iteration early (break, close, garbage collection) cancels the request."""
 
     def __init__(self, call: Any) -> None:
         self._call = call
@@ -35,7 +35,12 @@ class Stream(Iterator[Chunk]):
 
     @property
     def result(self) -> Result:
-        """After the last chunk."""
+        """After the last chunk; the first of several answers."""
+        return self._progress.end()[0]
+
+    @property
+    def results(self) -> list[Result]:
+        """After the last chunk: all n answers."""
         return self._progress.end()
 
     def close(self) -> None:
@@ -73,12 +78,16 @@ class Client:
         return self._call(make_request(self._model, prompt, stream=True, request_id=request_id, options=options), timeout_s)
 
     def complete(self, prompt: str | bytes, *, request_id: str = "", timeout_s: float | None = None, **options: Any) -> Result:
-        """The whole text at once."""
+        """The whole text at once; of n answers the first."""
+        return self.complete_all(prompt, request_id=request_id, timeout_s=timeout_s, **options)[0]
+
+    def complete_all(self, prompt: str | bytes, *, request_id: str = "", timeout_s: float | None = None, **options: Any) -> list[Result]:
+        """All n answers."""
         with self._call(make_request(self._model, prompt, stream=False, request_id=request_id, options=options),
                         timeout_s) as stream:
             for _ in stream:
                 pass
-            return stream.result
+            return stream.results
 
     def _call(self, request: service_pb2.ModelInferRequest, timeout_s: float | None) -> Stream:
         return Stream(self._stub.ModelStreamInfer(iter([request]), timeout=timeout_s))

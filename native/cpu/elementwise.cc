@@ -61,6 +61,10 @@ void CpuOps::sample(const float* logits, int vocab) {
   Sampled& out = sampled_[ticket_];
   out.token.resize(size_t(samples));
   out.logprob.resize(size_t(samples));
+  if (std::any_of(batch_->sample.begin(), batch_->sample.end(), [](const SampleParams& p) { return p.top_tokens > 0; })) {
+    out.top_token.resize(size_t(samples) * kTopTokens);
+    out.top_logprob.resize(size_t(samples) * kTopTokens);
+  }
   pool_.each(samples, [&](int64_t s, int thread) {
     const int position = batch_->position[batch_->logit_row[s]] + 1;
     RowChanges changes;
@@ -69,7 +73,8 @@ void CpuOps::sample(const float* logits, int vocab) {
       changes.count = batch_->edit_begin[s + 1] - batch_->edit_begin[s];
     }
     if (!batch_->mask_of.empty() && batch_->mask_of[s] >= 0) changes.mask = batch_->masks.data() + size_t(batch_->mask_of[s]) * size_t(mask_words(vocab));
-    sample_row(kernels_, logits + s * vocab, vocab, batch_->sample[s], changes, position, sampling_[size_t(thread)], out.token[s], out.logprob[s]);
+    sample_row(kernels_, logits + s * vocab, vocab, batch_->sample[s], changes, position, sampling_[size_t(thread)], out.token[s], out.logprob[s],
+               out.top_token.data() + s * kTopTokens, out.top_logprob.data() + s * kTopTokens);
   });
   for (int s = 0; s < samples; ++s) last_token_[batch_->slot[batch_->logit_row[s]]] = out.token[s];
 }

@@ -47,6 +47,18 @@ int32_t greatest(const uint32_t* key, int vocab) {
   return id;
 }
 
+// The k ids with the greatest keys, greatest first, the lower one first on a tie; -1 when there are no more.
+void find_top(int32_t* top, int k, const uint32_t* key, int vocab) {
+  int found = 0;
+  for (int i = 0; i < vocab; ++i) {
+    if (found == k && key[i] <= key[top[k - 1]]) continue;
+    int at = found < k ? found++ : k - 1;
+    for (; at > 0 && key[top[at - 1]] < key[i]; --at) top[at] = top[at - 1];
+    top[at] = i;
+  }
+  std::fill(top + found, top + k, -1);
+}
+
 void change_row(float* row, const float* logits, int vocab, const RowChanges& changes) {
   std::copy(logits, logits + vocab, row);
   for (int i = 0; i < changes.count; ++i) {
@@ -61,12 +73,13 @@ void change_row(float* row, const float* logits, int vocab, const RowChanges& ch
 }  // namespace
 
 void sample_row(const Kernels& kernels, const float* raw, int vocab, const SampleParams& p, const RowChanges& changes, int position,
-                SampleScratch& s, int32_t& token, float& logprob) {
+                SampleScratch& s, int32_t& token, float& logprob, int32_t* top_token, float* top_logprob) {
   s.key.resize(size_t(vocab));
   const uint32_t* key = s.key.data();
   kernels.order_keys(s.key.data(), raw, vocab);
   token = greatest(key, vocab);
   const float raw_m = raw[token];
+  if (p.top_tokens > 0) find_top(top_token, p.top_tokens, key, vocab);
   const float* logits = raw;
   if (changes.count > 0 || changes.mask) {
     s.edited.resize(size_t(vocab));
@@ -105,7 +118,10 @@ void sample_row(const Kernels& kernels, const float* raw, int vocab, const Sampl
       }
     }
   }
-  logprob = float(double(raw[token]) - raw_m - std::log(kernels.sum_exp(raw, raw_m, vocab)));
+  const double log_sum = std::log(kernels.sum_exp(raw, raw_m, vocab));
+  const auto logprob_of = [&](int32_t id) { return float(double(raw[id]) - raw_m - log_sum); };
+  logprob = logprob_of(token);
+  for (int i = 0; i < p.top_tokens; ++i) top_logprob[i] = top_token[i] < 0 ? 0.f : logprob_of(top_token[i]);
 }
 
 }  // namespace codefuse::cpu

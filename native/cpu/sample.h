@@ -21,8 +21,8 @@ struct RowChanges {
   const uint32_t* mask = nullptr;  // [mask_words(V)] or nullptr
 };
 
-// position: where the sampled token will stand
+// position: where the sampled token will stand. top_token, top_logprob: [kTopTokens] of Sampled, unless p asks for none.
 void sample_row(const Kernels& kernels, const float* logits /*[V]*/, int vocab, const SampleParams& p, const RowChanges& changes,
-                int position, SampleScratch& s, int32_t& token, float& logprob);
+                int position, SampleScratch& s, int32_t& token, float& logprob, int32_t* top_token, float* top_logprob);
 
 }  // namespace codefuse::cpu

@@ -3,7 +3,7 @@
 #include <array>
 #include <map>
 #include <string>
-#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cuda/kernels.h"
@@ -95,6 +95,7 @@ class CudaOps final : public Ops {
   std::array<char*, 2> staging_{}, edits_staging_{}, results_{};  // pinned, by ticket
   std::array<cudaEvent_t, 2> uploaded_{}, done_{};
   std::array<int, 2> expected_{};                        // samples of the step
+  std::array<bool, 2> expected_top_{};                   // and whether they report their most likely tokens
   float2* angles_ = nullptr;
   SplitScratch split_;
   PrefillScratch prefill_;
@@ -108,13 +109,12 @@ class CudaOps final : public Ops {
   size_t expanded_bytes_ = 0;
 
   int rows_ = 0, decode_rows_ = 0, samples_ = 0, tiles_ = 0, copies_ = 0;  // the current step
-  Sampling sampling_kind_ = Sampling::greedy;
-  bool edited_ = false;  // some sample has edits or a mask
+  SamplingPasses passes_;
   struct Recording {
     int seen = 0;
     cudaGraphExec_t graph = nullptr;
   };
-  std::map<std::tuple<int, Sampling, bool>, Recording> recordings_;  // by rows, kind of sampling, edited_
+  std::map<std::pair<int, SamplingPasses>, Recording> recordings_;  // by rows and what sampling does
 };
 
 }  // namespace codefuse::cuda

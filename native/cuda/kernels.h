@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <tuple>
 #include <vector>
 
 #include "core/config.h"
@@ -150,14 +151,22 @@ struct SampleScratch {
   float* most = nullptr;               // [kDecodeRows] greatest logit of the row, edited or not
   int32_t* token = nullptr;            // [kDecodeRows] results
   float* logprob = nullptr;            // [kDecodeRows]
+  int32_t* top_token = nullptr;        // [kDecodeRows, kTopTokens]
+  float* top_logprob = nullptr;        // [kDecodeRows, kTopTokens]
+  unsigned long long* top_part = nullptr;  // [kDecodeRows, kSampleParts, kTopTokens]
   SampleSelect* select = nullptr;      // [kDecodeRows]
   uint32_t* count = nullptr;           // [2, kDecodeRows, kSampleBins], zero between launches
   unsigned long long* mass = nullptr;  // [2, kDecodeRows, kSampleBins], zero between launches
 };
-// The passes that the samples of a step need: the greatest of sampling_of() over them.
+// How the samples of a step are chosen: the greatest of sampling_of() over them.
 enum class Sampling { greedy, temperature, top_k_or_p, top_k_and_p };
 Sampling sampling_of(const SampleParams& p);
-// edited: some sample has edits or a mask
-void sample(const Stream& s, const float* logits, int vocab, int S, Sampling kind, bool edited, const StepMeta& m, const SampleScratch& scratch);
+struct SamplingPasses {
+  Sampling kind = Sampling::greedy;
+  bool edited = false;  // some sample has edits or a mask
+  bool top = false;     // some sample reports its most likely tokens
+  bool operator<(const SamplingPasses& o) const { return std::tie(kind, edited, top) < std::tie(o.kind, o.edited, o.top); }
+};
+void sample(const Stream& s, const float* logits, int vocab, int S, const SamplingPasses& passes, const StepMeta& m, const SampleScratch& scratch);
 
 }  // namespace codefuse::cuda

@@ -13,6 +13,9 @@ namespace {
 
 constexpr size_t kAttentionScratch = size_t(256) << 20;  // bytes at most; more rows take several launches
 
+constexpr size_t kTopBytes = size_t(kDecodeRows) * kTopTokens * 4;
+constexpr size_t kResultBytes = kDecodeRows * 8 + 2 * kTopBytes;
+
 size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 DecodeInput input(const void* x, const Linear& w) { return {x, w.weight.data, int(w.weight.cols), w.weight.host.format}; }
@@ -74,7 +77,7 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
   for (int i = 0; i < 2; ++i) {
     check(cudaMallocHost(reinterpret_cast<void**>(&staging_[i]), meta_bytes_), "pinned memory for the batch");
     check(cudaMallocHost(reinterpret_cast<void**>(&edits_staging_[i]), edits_bytes_), "pinned memory for the batch");
-    check(cudaMallocHost(reinterpret_cast<void**>(&results_[i]), kDecodeRows * 8), "pinned memory for results");
+    check(cudaMallocHost(reinterpret_cast<void**>(&results_[i]), kResultBytes), "pinned memory for results");
   }
 
   const RopeTable table = make_rope_table(c, limits.max_len);
@@ -108,8 +111,12 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
   sampling_.top = alloc_array<float2>(kDecodeRows);
   sampling_.edited = alloc_array<float>(kDecodeRows * size_t(c.vocab));
   sampling_.most = alloc_array<float>(kDecodeRows);
-  sampling_.token = alloc_array<int32_t>(2 * kDecodeRows);
+  // results: token, logprob [kDecodeRows] | top_token, top_logprob [kDecodeRows, kTopTokens]
+  sampling_.token = reinterpret_cast<int32_t*>(alloc_array<char>(kResultBytes));
   sampling_.logprob = reinterpret_cast<float*>(sampling_.token + kDecodeRows);
+  sampling_.top_token = sampling_.token + 2 * kDecodeRows;
+  sampling_.top_logprob = reinterpret_cast<float*>(sampling_.top_token + kDecodeRows * kTopTokens);
+  sampling_.top_part = alloc_array<unsigned long long>(kDecodeRows * kSampleParts * kTopTokens);
   sampling_.select = alloc_array<SampleSelect>(kDecodeRows);
   sampling_.count = alloc_array<uint32_t>(2 * kDecodeRows * kSampleBins);
   sampling_.mass = alloc_array<unsigned long long>(2 * kDecodeRows * kSampleBins);
@@ -150,7 +157,7 @@ void CudaOps::fill_meta(const Batch& b, int padded, int ticket) {
       tiles[tiles_++] = make_int4(c.row + i, std::min(kTileRows, c.count - i), c.position + i, table_of[size_t(c.slot)]);
   if (tiles_) bytes = tiles_at_ + size_t(tiles_) * sizeof(int4);
   check(cudaMemcpyAsync(meta_device_, base, bytes, cudaMemcpyHostToDevice, s_.stream), "uploading the batch");
-  if (edited_) fill_edits(b, std::max(b.samples(), padded > b.rows() ? padded : 0), ticket);
+  if (passes_.edited) fill_edits(b, std::max(b.samples(), padded > b.rows() ? padded : 0), ticket);
   check(cudaEventRecord(uploaded_[ticket], s_.stream), "uploading the batch");
 }
 
@@ -179,9 +186,12 @@ void CudaOps::step(const Batch& batch, int ticket, const std::function<void()>& 
   decode_rows_ = batch.decode_rows;
   samples_ = batch.samples();
   copies_ = int(batch.copies.size());
-  sampling_kind_ = Sampling::greedy;
-  for (const SampleParams& p : batch.sample) sampling_kind_ = std::max(sampling_kind_, sampling_of(p));
-  edited_ = !batch.edits.empty() || !batch.masks.empty();
+  passes_ = {};
+  passes_.edited = !batch.edits.empty() || !batch.masks.empty();
+  for (const SampleParams& p : batch.sample) {
+    passes_.kind = std::max(passes_.kind, sampling_of(p));
+    passes_.top = passes_.top || p.top_tokens > 0;
+  }
   own_sequences_ = true;
   std::vector<char> seen(size_t(limits_.slots), 0);
   for (int t = 0; t < rows_; ++t) {
@@ -201,14 +211,15 @@ void CudaOps::step(const Batch& batch, int ticket, const std::function<void()>& 
     body();
   }
   expected_[ticket] = batch.samples();
+  expected_top_[ticket] = passes_.top;
   if (batch.samples())
-    check(cudaMemcpyAsync(results_[ticket], sampling_.token, kDecodeRows * 8, cudaMemcpyDeviceToHost, s_.stream), "results");
+    check(cudaMemcpyAsync(results_[ticket], sampling_.token, passes_.top ? kResultBytes : kDecodeRows * 8, cudaMemcpyDeviceToHost, s_.stream), "results");
   check(cudaEventRecord(done_[ticket], s_.stream), "results");
 }
 
 // The first step of a kind runs as it is, which also loads its kernels; the second is recorded.
 void CudaOps::run_recorded(int rows, const std::function<void()>& body) {
-  Recording& r = recordings_[{rows, sampling_kind_, edited_}];
+  Recording& r = recordings_[{rows, passes_}];
   if (r.seen++ == 0) return body();
   if (!r.graph) {
     cudaGraph_t graph = nullptr;
@@ -237,6 +248,12 @@ Sampled CudaOps::collect(int ticket) {
   const auto* logprob = reinterpret_cast<const float*>(results_[ticket] + kDecodeRows * 4);
   out.token.assign(token, token + n);
   out.logprob.assign(logprob, logprob + n);
+  if (expected_top_[ticket] && n > 0) {
+    const auto* top_token = reinterpret_cast<const int32_t*>(results_[ticket] + kDecodeRows * 8);
+    const auto* top_logprob = reinterpret_cast<const float*>(results_[ticket] + kDecodeRows * 8 + kTopBytes);
+    out.top_token.assign(top_token, top_token + n * kTopTokens);
+    out.top_logprob.assign(top_logprob, top_logprob + n * kTopTokens);
+  }
   return out;
 }
 
@@ -402,7 +419,7 @@ void CudaOps::logits(float* y, const void* x, const Linear& head) {
 }
 
 void CudaOps::sample(const float* logits, int vocab) {
-  if (samples_) cuda::sample(s_, logits, vocab, samples_, sampling_kind_, edited_, meta_, sampling_);
+  if (samples_) cuda::sample(s_, logits, vocab, samples_, passes_, meta_, sampling_);
 }
 
 }  // namespace codefuse::cuda

@@ -188,6 +188,55 @@ __global__ void __launch_bounds__(kThreads) edit_rows(const Args a) {
   if (threadIdx.x == 0) start(a, s, id_of(best), __ldcg(row + id_of(best)));
 }
 
+// The most likely tokens of the rows that report them: those of each part, then of all parts. grid (kSampleParts, S)
+__global__ void __launch_bounds__(kThreads) top_tokens(const Args a) {
+  __shared__ U64 keys[kWarps];
+  launch_dependents();
+  grid_wait();
+  const int s = blockIdx.y, n = a.vocab;
+  if (slot_of(a, s) < 0) return;
+  const int k = a.m.sample[s].top_tokens;
+  if (k == 0) return;
+  const float* row = a.logits + int64_t(s) * n;
+  U64* const parts = a.scratch.top_part + s * kSampleParts * kTopTokens;
+  const int end = end_of(n);
+  U64 own[kEach], last = ~U64(0);
+  const int begin = begin_of(n) + threadIdx.x;
+  const auto load = [&](int i0) {
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) own[j] = i0 + j * kThreads < end ? ranked(rule::order_key(row[i0 + j * kThreads]), i0 + j * kThreads) : 0;
+  };
+  load(begin);
+  const bool fits = end - begin_of(n) <= kEach * kThreads;
+  for (int r = 0; r < k; ++r) {
+    U64 best = 0;
+    for (int i0 = begin; i0 < end; i0 += kEach * kThreads) {
+      if (!fits) load(i0);
+#pragma unroll
+      for (int j = 0; j < kEach; ++j)
+        if (own[j] < last) best = max(best, own[j]);
+    }
+    last = block_max(best, keys);
+    if (threadIdx.x == 0) __stcg(parts + blockIdx.x * kTopTokens + r, last);
+  }
+  if (!last_to_arrive(a, s)) return;
+  static_assert(kSampleParts * kTopTokens <= 2 * kThreads);
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const int i = threadIdx.x + j * kThreads;
+    own[j] = i < kSampleParts * kTopTokens && i % kTopTokens < k ? __ldcg(parts + i) : 0;
+  }
+  const float2 top = a.scratch.top[s];
+  last = ~U64(0);
+  for (int r = 0; r < k; ++r) {
+    last = block_max(max(own[0] < last ? own[0] : 0, own[1] < last ? own[1] : 0), keys);
+    if (threadIdx.x != 0) continue;
+    const int id = last ? id_of(last) : -1;
+    a.scratch.top_token[s * kTopTokens + r] = id;
+    a.scratch.top_logprob[s * kTopTokens + r] = id < 0 ? 0.f : row[id] - top.x - top.y;
+  }
+}
+
 __device__ __forceinline__ int shift_of(int digit) { return digit == 0 ? 21 : digit == 1 ? 10 : 0; }
 __device__ __forceinline__ int bins_of(int digit) { return digit == 2 ? 1024 : 2048; }
 
@@ -364,10 +413,12 @@ __global__ void __launch_bounds__(kThreads) choose(const Args a) {
 
 }  // namespace
 
-void sample(const Stream& s, const float* logits, int vocab, int S, Sampling kind, bool edited, const StepMeta& m, const SampleScratch& scratch) {
-  const Args a{logits, vocab, edited, m, scratch};
+void sample(const Stream& s, const float* logits, int vocab, int S, const SamplingPasses& passes, const StepMeta& m, const SampleScratch& scratch) {
+  const Args a{logits, vocab, passes.edited, m, scratch};
+  const Sampling kind = passes.kind;
   launch(s, row_top, dim3(kSampleParts, S), kThreads, 0, a);
-  if (edited) launch(s, edit_rows, dim3(kSampleParts, S), kThreads, 0, a);
+  if (passes.top) launch(s, top_tokens, dim3(kSampleParts, S), kThreads, 0, a);
+  if (passes.edited) launch(s, edit_rows, dim3(kSampleParts, S), kThreads, 0, a);
   if (kind == Sampling::greedy) return;
   const dim3 grid(std::clamp(4 * s.sms / S, 8, kSampleParts), S);  // integers: the number of parts changes nothing
   if (kind != Sampling::temperature) {

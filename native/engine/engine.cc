@@ -74,6 +74,8 @@ void Engine::validate(const Request& r) const {
   if (s.top_k < 0) throw ValueError(cat("top_k is ", s.top_k, "; expected 0 (off) or more"));
   if (!(s.top_p > 0 && s.top_p <= 1)) throw ValueError(cat("top_p is ", s.top_p, "; expected more than 0, at most 1"));
   if (!(s.min_p >= 0 && s.min_p <= 1)) throw ValueError(cat("min_p is ", s.min_p, "; expected 0..1"));
+  const int most = std::min(kTopTokens, vocab);
+  if (s.top_tokens < 0 || s.top_tokens > most) throw ValueError(cat("top_logprobs is ", s.top_tokens, "; expected 0..", most));
   const Penalties& p = r.penalties;
   if (!(p.repetition > 0) || !std::isfinite(p.repetition))
     throw ValueError(cat("repetition_penalty is ", p.repetition, "; expected a finite number above 0"));
@@ -275,15 +277,21 @@ void Engine::collect() {
     const size_t i = used_[k];
     Live& live = *live_.at(step.sampled[i]);
     if (live.text.pushed() == 0) live.first = now;
-    advance(live, sampled.token[i], sampled.logprob[i]);
+    TopTokens top;
+    if (const int k = live.request.sample.top_tokens; k > 0) {
+      const size_t begin = i * kTopTokens;
+      top.tokens.assign(sampled.top_token.begin() + int64_t(begin), sampled.top_token.begin() + int64_t(begin) + k);
+      top.logprobs.assign(sampled.top_logprob.begin() + int64_t(begin), sampled.top_logprob.begin() + int64_t(begin) + k);
+    }
+    advance(live, sampled.token[i], sampled.logprob[i], std::move(top));
   }
 }
 
-void Engine::advance(Live& live, int32_t token, float logprob) {
+void Engine::advance(Live& live, int32_t token, float logprob, TopTokens top) {
   const Request& r = live.request;
   const bool may_end = live.text.pushed() >= r.min_tokens;
   if (may_end && std::find(r.eos_ids.begin(), r.eos_ids.end(), token) != r.eos_ids.end()) return end(live.uid, Finish::eos);
-  if (live.text.push(token, logprob)) return end(live.uid, Finish::stop);
+  if (live.text.push(token, logprob, std::move(top))) return end(live.uid, Finish::stop);
   if (live.text.pushed() == r.max_tokens) return end(live.uid, Finish::length);
   if (!r.stream) return;
   live.text.release(false, &live.piece);
@@ -321,6 +329,8 @@ void Engine::deliver(Live& live, Finish finish, const std::string& error) {
   for (float p : live.piece.logprobs) live.cum_logprob += p;
   if (live.request.logprobs) out.logprobs = live.piece.logprobs;
   live.piece.logprobs.clear();
+  std::swap(out.top, live.piece.top);
+  out.top_per_token = live.request.sample.top_tokens;
   out.finish = finish;
   if (finish == Finish::stop) out.stop = live.text.matched();
   out.error = error;

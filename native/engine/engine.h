@@ -105,7 +105,7 @@ class Engine {
   bool take_commands();  // false: the thread is to end
   bool launch();         // false: nothing to run now
   void collect();
-  void advance(Live& live, int32_t token, float logprob);
+  void advance(Live& live, int32_t token, float logprob, TopTokens top);
   void end(int64_t uid, Finish finish, const std::string& error = "");
   void end_all(Finish finish, const std::string& error);
   void deliver(Live& live, Finish finish, const std::string& error);

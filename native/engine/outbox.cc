@@ -14,9 +14,11 @@ void Outbox::put(Output&& output) {
     Output& into = waiting_[place->second];
     into.tokens.insert(into.tokens.end(), output.tokens.begin(), output.tokens.end());
     into.logprobs.insert(into.logprobs.end(), output.logprobs.begin(), output.logprobs.end());
+    into.top.append(output.top);
     into.text += output.text;
     output.tokens.swap(into.tokens);
     output.logprobs.swap(into.logprobs);
+    std::swap(output.top, into.top);
     output.text.swap(into.text);
     into = std::move(output);
   }

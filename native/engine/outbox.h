@@ -7,6 +7,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "engine/text.h"
+
 namespace codefuse {
 
 enum class Finish : uint8_t { none, eos, stop, length, cancelled, error };
@@ -22,6 +24,8 @@ struct Output {
   int index = 0;                 // 0, 1, ... per request, in the order of polling
   std::vector<int32_t> tokens;   // eos is not among them
   std::vector<float> logprobs;   // [tokens], empty unless asked for
+  TopTokens top;                 // [tokens, top_per_token]
+  int top_per_token = 0;
   std::string text;              // new text: the first bytes of the bytes of tokens, all of them except after a stop string
   Finish finish = Finish::none;  // not none in the last output of a request
   std::string stop;              // the stop string found

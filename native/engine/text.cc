@@ -64,10 +64,15 @@ int StopMatcher::next(uint8_t byte) {
   return nodes_[size_t(state_)].match;
 }
 
+void TopTokens::append(const TopTokens& more) {
+  tokens.insert(tokens.end(), more.tokens.begin(), more.tokens.end());
+  logprobs.insert(logprobs.end(), more.logprobs.begin(), more.logprobs.end());
+}
+
 TextCut::TextCut(const TokenBytes* table, std::vector<std::string> stops, bool include_stop, int min_tokens)
     : table_(table), stops_(std::move(stops)), include_stop_(include_stop), min_tokens_(min_tokens) {}
 
-bool TextCut::push(int32_t token, float logprob) {
+bool TextCut::push(int32_t token, float logprob, TopTokens top) {
   static const std::string none;
   const std::string& bytes = token >= 0 && size_t(token) < table_->size() ? (*table_)[size_t(token)] : none;
   bool counts = pushed_ >= min_tokens_;
@@ -81,7 +86,7 @@ bool TextCut::push(int32_t token, float logprob) {
     end_ = length_ + int64_t(i) + 1 - (include_stop_ ? 0 : int64_t(matched_.size()));
   }
   length_ += int64_t(bytes.size());
-  pending_.push_back({token, logprob, length_, utf8_.at_boundary()});
+  pending_.push_back({token, logprob, length_, utf8_.at_boundary(), std::move(top)});
   return end_ >= 0;
 }
 
@@ -100,6 +105,7 @@ void TextCut::release(bool last, Piece* piece) {
     const Token& t = pending_[i];
     piece->tokens.push_back(t.id);
     piece->logprobs.push_back(t.logprob);
+    piece->top.append(t.top);
     int64_t size = (last && end_ >= 0 ? std::min(t.end, end_) : t.end) - released_;
     if (size > 0) piece->text.append((*table_)[size_t(t.id)], 0, size_t(size));
     released_ = t.end;

@@ -50,10 +50,18 @@ class StopMatcher {
   int state_ = 0;
 };
 
+// The most likely tokens in the place of one or more tokens, as many for each.
+struct TopTokens {
+  std::vector<int32_t> tokens;
+  std::vector<float> logprobs;
+  void append(const TopTokens& more);
+};
+
 // Tokens released together.
 struct Piece {
   std::vector<int32_t> tokens;
   std::vector<float> logprobs;  // [tokens]
+  TopTokens top;                // [tokens, as many as were pushed with each]
   std::string text;             // the bytes of tokens; in the last piece possibly less than all of the last token
 };
 
@@ -65,7 +73,7 @@ class TextCut {
   TextCut(const TokenBytes* table, std::vector<std::string> stops, bool include_stop, int min_tokens);
 
   // Adds a token; true when the text ends in it.
-  bool push(int32_t token, float logprob);
+  bool push(int32_t token, float logprob, TopTokens top = {});
   // Moves what may go out now into piece; with `last` all that belongs to the text. Tokens that begin behind the end of
   // the text are dropped.
   void release(bool last, Piece* piece);
@@ -79,6 +87,7 @@ class TextCut {
     float logprob;
     int64_t end;    // offset of its end in the text
     bool boundary;  // a character ends there
+    TopTokens top;
   };
 
   const TokenBytes* table_;

@@ -116,6 +116,7 @@ void check_batch(const Batch& b, const Limits& limits, int vocab) {
     next += c.count;
   }
   if (next != rows) throw ValueError(cat("batch: chunks end at row ", next, " of ", rows));
+  for (int s = 0; s < samples; ++s) in_range("top_tokens", s, b.sample[s].top_tokens, 0, kTopTokens);
   for (int s = 0; s < samples; ++s) in_range("logit_row", s, b.logit_row[s], 0, rows - 1);
   check_edits(b, limits.edits(vocab), vocab);
   check_masks(b, vocab);

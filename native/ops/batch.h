@@ -9,6 +9,7 @@ namespace codefuse {
 constexpr int kPageTokens = 32;     // tokens of one KV page
 constexpr int kDecodeRows = 64;     // most decode rows of one step (columns of the streaming matrix kernel)
 constexpr int kRuleEdits = 4096;    // logits that a request's own lists may edit, beyond those of the tokens of its text
+constexpr int kTopTokens = 20;      // most likely tokens that a sample reports at most
 constexpr int32_t kLastToken = -1;  // Batch::token: the token sampled last for this slot, still on the device
 
 // How one row's next token is chosen. Fields hold validated values.
@@ -18,6 +19,7 @@ struct SampleParams {
   float top_p = 1.f;        // 1: off
   float min_p = 0.f;        // 0: off
   uint64_t seed = 0;
+  int top_tokens = 0;       // most likely tokens to report, at most kTopTokens
 };
 
 // What happens to one logit l before a token is chosen: l = (penalty == 1 ? l : l > 0 ? l / penalty : l * penalty) + add, in
@@ -77,6 +79,10 @@ struct Batch {
 struct Sampled {
   std::vector<int32_t> token;  // [samples]
   std::vector<float> logprob;  // [samples] log softmax of the raw logits at the token
+  // [samples, kTopTokens] of each sample the first top_tokens: the most likely tokens by the raw logits, the lower id first on a tie,
+  // and their log softmax; -1 behind the vocabulary's end. Empty when no sample asks.
+  std::vector<int32_t> top_token;
+  std::vector<float> top_logprob;
 };
 
 // Everything `forward` may need, fixed at load; a device allocates for it once.

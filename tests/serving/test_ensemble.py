@@ -74,6 +74,22 @@ def test_our_client(client: Client) -> None:
     assert client.is_ready()
 
 
+def test_top_log_probs(server: TritonServer, client: Client, weights: Path) -> None:
+    vocab = Vocab.load(weights)
+    with client.stream(PROMPT, max_tokens=30, top_logprobs=4) as stream:
+        chunks = list(stream)
+    for result in (stream.result, client.complete(PROMPT, max_tokens=30, top_logprobs=4)):
+        assert len(result.token_ids) == len(result.log_probs) == len(result.top) == 30
+        assert vocab.decode(result.token_ids).decode() == result.text
+        for id, log_prob, top in zip(result.token_ids, result.log_probs, result.top):
+            assert len(top) == 4 and (top[0].id, top[0].log_prob) == (id, log_prob)  # greedy
+            assert [t.log_prob for t in top] == sorted((t.log_prob for t in top), reverse=True)
+            assert all(t.text == vocab.decode([t.id]).decode(errors="replace") for t in top)
+    assert all(len(c.top) == len(c.token_ids) for c in chunks)
+    raw = generate(server, text_input=PROMPT, max_tokens=2, sampling_parameters='{"logprobs": 2}')
+    assert len(raw["top_tokens"]) == len(raw["top_token_ids"]) == len(raw["top_log_probs"]) == 4 and len(raw["output_token_ids"]) == 2
+
+
 def test_biases_penalties_and_bad_words(server: TritonServer, client: Client, weights: Path) -> None:
     plain = client.complete(PROMPT, max_tokens=60)
     word = plain.text[10:13]
