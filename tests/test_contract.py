@@ -96,6 +96,12 @@ def test_equal_values_given_twice_are_one() -> None:
     assert request.submit["stop"] == ("a",) and request.submit["min_tokens"] == 2
 
 
+def test_answers() -> None:
+    assert [(r.count, r.best_of) for r in (parse(IDS, {}), parse(IDS, dict(num_return_sequences=3, temperature=1)),
+                                           parse(IDS, dict(sampling_parameters='{"n": 2, "best_of": 5, "temperature": 1}')))] == [(1, 1), (3, 3), (2, 5)]
+    assert parse(IDS, dict(num_return_sequences=2, best_of=2, temperature=1, stream=True)).best_of == 2
+
+
 @pytest.mark.parametrize("given, logprobs, top", [
     ('{"logprobs": 0}', True, 0), ('{"logprobs": 5}', True, 5), ('{"logprobs": true}', True, 0), ('{"logprobs": null}', False, 0),
     ('{"logprobs": true, "top_logprobs": 3}', True, 3), ('{"top_logprobs": 3}', True, 3)])
@@ -128,6 +134,11 @@ def test_biases() -> None:
     (dict(bad_words=["x"] * 65), "parameter bad_words has 65 strings; at most 64 are accepted"),
     (dict(repetition_penalty=0), "parameter repetition_penalty is 0; it must be between 0.01 and 100"),
     (dict(presence_penalty=101), "parameter presence_penalty is 101; it must be between -100 and 100"),
+    (dict(num_return_sequences=0), "parameter num_return_sequences is 0; it must be between 1 and 64"),
+    (dict(num_return_sequences=2), "num_return_sequences is 2; with temperature 0 all answers are the same, so it must be 1"),
+    (dict(best_of=2), "best_of is 2; with temperature 0 all answers"),
+    (dict(num_return_sequences=3, best_of=2, temperature=1), "best_of is 2; it must be at least num_return_sequences (3)"),
+    (dict(best_of=2, temperature=1, stream=True), "best_of is 2; with stream it must be num_return_sequences (1)"),
     (dict(temperature="hot"), "parameter temperature is 'hot'; expected a number"),
     (dict(temperature=True), "parameter temperature is True; expected a number"),
     (dict(max_tokens=1.5), "parameter max_tokens is 1.5; expected an integer"),

@@ -132,6 +132,32 @@ def test_stop_strings(engine):
     assert engine.generate(PROMPT, max_tokens=60, seed=4, ignore_eos=True, stop=[stop], min_tokens=60).text == free.text
 
 
+def test_several_answers(engine):
+    options = dict(max_tokens=20, ignore_eos=True, logprobs=True)
+    alone = [engine.generate(PROMPT, seed=(2**64 - 2 + i) % 2**64, **options) for i in range(4)]
+    many = engine.generate_many(PROMPT, 4, seed=2**64 - 2, **options)
+    assert [r.token_ids.tolist() for r in many] == [r.token_ids.tolist() for r in alone] and len({r.text for r in many}) == 4
+    ranked = sorted(alone, key=lambda r: -r.cum_logprob / 20)
+    for n in (1, 3):
+        assert [r.text for r in engine.generate_many(PROMPT, n, best_of=4, seed=2**64 - 2, **options)] == [r.text for r in ranked[:n]]
+    assert engine.generate_many(PROMPT, 2, max_tokens=3)[0].uid != 0  # a seed is drawn
+    for n, best_of in ((0, None), (3, 2)):
+        with pytest.raises(ValueError, match=f"n is {n} and best_of"):
+            engine.generate_many(PROMPT, n, best_of=best_of)
+
+
+def test_several_answers_all_or_none():
+    with slow(slots=1, queue=2) as e:
+        with pytest.raises(QueueFull):
+            e.generate_many(PROMPT, 4, max_tokens=200, ignore_eos=True)
+        deadline = time.monotonic() + 5
+        while e.stats()["finished"]["cancelled"] < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        assert e.stats()["running"] == 0
+        assert e.generate(PROMPT, max_tokens=2, ignore_eos=True).num_output_tokens == 2
+
+
 def test_uids_are_unique_and_positive(engine):
     box = Outbox()
     uids = [engine.submit(PROMPT, outbox=box, max_tokens=1) for _ in range(10)]

@@ -21,12 +21,13 @@ class FakeOutbox:
     def __init__(self) -> None:
         self._arrived = threading.Condition()
         self._waiting: dict[int, SimpleNamespace] = {}
+        self._index: dict[int, int] = {}
         self.polls = 0
 
-    def put(self, uid: int, text: str, finish_reason: str = "") -> None:
+    def put(self, uid: int, text: str, finish_reason: str = "", error: str = "", **fields: Any) -> None:
         with self._arrived:
             old = self._waiting.get(uid)
-            self._waiting[uid] = SimpleNamespace(uid=uid, text=(old.text if old else "") + text, finish_reason=finish_reason, error="")
+            self._waiting[uid] = SimpleNamespace(uid=uid, text=(old.text if old else "") + text, finish_reason=finish_reason, error=error, **fields)
             self._arrived.notify()
 
     def poll(self, timeout_s: float) -> list[SimpleNamespace]:
@@ -34,6 +35,8 @@ class FakeOutbox:
             self.polls += 1
             self._arrived.wait_for(lambda: bool(self._waiting), timeout_s)
             chunks, self._waiting = list(self._waiting.values()), {}
+            for c in chunks:
+                c.index = self._index[c.uid] = self._index.get(c.uid, -1) + 1
             return chunks
 
     def close(self) -> None:
@@ -48,11 +51,11 @@ class FakeEngine:
         self.cancelled: list[int] = []
         self.error = ""
 
-    def submit(self, ids: Any, *, outbox: FakeOutbox, **options: Any) -> int:
-        uid = next(self.uids)
-        self.submitted[uid] = options
+    def submit_many(self, ids: Any, count: int, *, outbox: FakeOutbox, **options: Any) -> list[int]:
+        uids = [next(self.uids) for _ in range(count)]
+        self.submitted.update(dict.fromkeys(uids, options))
         self.outbox = outbox
-        return uid
+        return uids
 
     def cancel(self, uid: int) -> bool:
         self.cancelled.append(uid)
@@ -71,16 +74,19 @@ class FakeEngine:
 class FakeReply:
     def __init__(self, fail: bool = False) -> None:
         self.sent: list[tuple[str, bytes, str]] = []
+        self.of: list[int] = []  # the answer of each
         self.beats = 0
         self.gone = False
         self.fail = fail
         self.ended = threading.Event()
 
-    def send(self, chunk: Any, serial: int, echo: bytes, error: str) -> None:
+    def send(self, chunk: Any, serial: int, echo: bytes, error: str, sequence: int, last: bool) -> None:
         if self.fail:
             raise OSError("the client has gone")
+        assert not self.ended.is_set() and (chunk.finish_reason or not last)
         self.sent.append((chunk.text, echo, error))
-        if chunk.finish_reason:
+        self.of.append(sequence)
+        if last:
             self.ended.set()
 
     def heartbeat(self, uid: int, serial: int) -> None:
@@ -154,6 +160,53 @@ def test_a_client_that_has_gone_is_cancelled_once(make: Any) -> None:
     assert reply.ended.wait(3)
     service.cancel(uid)
     assert engine.cancelled == [uid]
+
+
+def test_answers_are_told_apart_and_the_last_to_end_ends_the_request(make: Any) -> None:
+    engine, service = make()
+    reply = FakeReply()
+    uid = service.submit(request(num_return_sequences=3, temperature=1), reply)
+    for i, (text, end) in enumerate((("b", "eos"), ("c", ""), ("a", ""), ("A", "stop"))):
+        engine.outbox.put(uid + (1, 2, 0, 0)[i], text, end)
+        eventually(lambda: len(reply.sent) == i + 1)
+    assert not reply.ended.is_set()
+    engine.outbox.put(uid + 2, "C", "length")
+    assert reply.ended.wait(3)
+    assert reply.of == [1, 2, 0, 0, 2] and not service._live
+    assert reply.sent == [("b", b"echo", ""), ("c", b"echo", ""), ("a", b"echo", ""), ("A", b"", ""), ("C", b"", "")]
+
+
+@pytest.mark.parametrize("of", [0, 1, 2])
+def test_cancelling_one_answer_cancels_all(make: Any, of: int) -> None:
+    engine, service = make()
+    reply, other = FakeReply(), FakeReply()
+    uid = service.submit(request(num_return_sequences=3, temperature=1), reply)
+    service.submit(request(), other)
+    service.cancel(uid + of)
+    assert reply.ended.wait(3) and sorted(reply.of) == [0, 1, 2]
+    assert engine.cancelled == [uid, uid + 1, uid + 2] and not other.ended.is_set()
+
+
+def test_the_best_of_many(make: Any) -> None:
+    engine, service = make()
+    reply = FakeReply()
+    uid = service.submit(request(num_return_sequences=2, best_of=4, temperature=1), reply)
+    for i, (tokens, cum) in enumerate(((10, -20.0), (2, -1.0), (0, 0.0), (5, -1.0))):
+        assert not reply.sent
+        engine.outbox.put(uid + i, f"answer {i}", "length", num_output_tokens=tokens, cum_logprob=cum)
+    assert reply.ended.wait(3)
+    assert reply.sent == [("answer 3", b"echo", ""), ("answer 1", b"echo", "")] and reply.of == [0, 1]
+
+
+def test_an_error_is_said_once(make: Any) -> None:
+    engine, service = make()
+    reply = FakeReply()
+    uid = service.submit(request(num_return_sequences=3, temperature=1), reply)
+    engine.outbox.put(uid, "a", "eos")
+    for i in (1, 2):
+        engine.outbox.put(uid + i, "", "error", error="CUDA error 700")
+    assert reply.ended.wait(3)
+    assert reply.sent == [("a", b"echo", ""), ("", b"echo", "CUDA error 700")] and not service._live
 
 
 def test_heartbeats_only_where_asked_for_and_only_in_silence(make: Any) -> None:

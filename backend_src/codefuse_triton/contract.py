@@ -92,6 +92,10 @@ OPTIONS = (
     Option("embedding_bias_weights", "FP32", "one for each of embedding_bias_words", dims=-1, default=()),
     Option("bad_words", "STRING", "strings that the text will not contain, wherever tokens begin and end, nor complete where the "
            "prompt ends in the beginning of one", dims=-1, default=(), submit="bad_words"),
+    Option("num_return_sequences", "INT32", "answers to the prompt, told apart by sequence_index; the i-th, from 0, is what random_seed + i "
+           "gives alone", default=1, low=1, high=64, json="n"),
+    Option("best_of", "INT32", "so many are generated, the num_return_sequences with the highest mean log-probability of a token returned, "
+           "best first; not with stream; not given: num_return_sequences", low=1, high=64),
     Option("stop_words", "STRING", "strings that end the text, found in the text itself", dims=-1, default=(),
            json="stop", submit="stop"),
     Option("include_stop", "BOOL", "leave the stop string in the text", default=False,
@@ -110,7 +114,6 @@ OPTIONS = (
     Option("length_penalty", "FP32", "accepted; without beams it has no effect"),
     Option("beam_search_diversity_rate", "FP32", "accepted; without beams it has no effect"),
     Option("beam_width", "INT32", "only 1", neutral=(1,)),
-    Option("num_return_sequences", "INT32", "only 1", json="n", neutral=(1,)),
     Option("suffix", "STRING", "only empty", neutral=("",)),
     Option("session", "STRING", "only empty", neutral=("",)),
     Option("cache_salt", "STRING", "requests of different salts reuse nothing of each other's prompts", default="", high=256,
@@ -124,7 +127,7 @@ MAX_STOP_WORDS, MAX_STOP_BYTES = 64, 1024  # of bad_words too
 
 # vLLM's names that change nothing here, with the values that are accepted (None always is)
 JSON_IGNORED = {
-    "best_of": (1,), "use_beam_search": (False,), "early_stopping": (False, True), "detokenize": (True,),
+    "use_beam_search": (False,), "early_stopping": (False, True), "detokenize": (True,),
     "skip_special_tokens": (True,), "spaces_between_special_tokens": (True, False), "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
 }
@@ -141,7 +144,7 @@ COUNTS = (
     Tensor("top_log_probs", "FP32", -1, "their log-probabilities"),
 )
 ENDING = (
-    Tensor("finish_reason", "STRING", 1, "last response: eos, stop, length, cancelled or error"),
+    Tensor("finish_reason", "STRING", 1, "last response of an answer: eos, stop, length, cancelled or error"),
     Tensor("stop_reason", "STRING", 1, "last response: the stop string that ended the text"),
     Tensor("timings", "FP32", 3, "last response: seconds queued, in the prompt, generating"),
 )
@@ -149,7 +152,8 @@ TOKENS = (
     Tensor("output_token_ids", "INT32", -1, "the new tokens (return_log_probs)"),
     Tensor("top_tokens", "STRING", -1, "the texts of top_token_ids; those of special tokens are empty"),
 )
-_CHUNK_INDEX = Tensor("chunk_index", "INT32", 1, "0, 1, 2 .. within a request")
+_CHUNK_INDEX = Tensor("chunk_index", "INT32", 1, "0, 1, 2 .. within an answer")
+_SEQUENCE_INDEX = Tensor("sequence_index", "INT32", 1, "which of the num_return_sequences answers")
 INPUT_IDS = Tensor("input_ids", "INT32", -1, "the prompt's tokens")
 HEARTBEAT = Tensor("heartbeat", "BOOL", 1, "send an empty chunk (chunk_index -1) now and then while there is no text: "
                    "the detokenizer sees a client that has gone only when a chunk passes")
@@ -159,6 +163,7 @@ _CHUNK = (
     Tensor("text_start", "INT32", 1, "first byte of the new text in the bytes of output_ids"),
     Tensor("text_bytes", "INT32", 1, "bytes of new text"),
     _CHUNK_INDEX,
+    _SEQUENCE_INDEX,
     Tensor("serial", "INT64", 1, "number of the chunk among all that go to the detokenizer, which reports how far it is"),
     Tensor("echo", "STRING", 1, "first chunk: the prompt, when it is to be part of the text"),
     Tensor("error", "STRING", 1, "last chunk: what went wrong after the first chunk"),
@@ -198,7 +203,7 @@ MODELS = (
                       "together (Triton itself has no back-pressure)", int, 1, 10**6))),
     Model(DETOKENIZER, "Token chunks to text, a pure function of one chunk; an in-band error becomes an error.",
           _CHUNK, (Tensor("text_output", "STRING", 1, "new text; its concatenation is the whole text"), _CHUNK_INDEX,
-                   Tensor("sequence_index", "INT32", 1, "0"), Tensor("batch_index", "INT32", 1, "0")) + ENDING + COUNTS + TOKENS,
+                   _SEQUENCE_INDEX, Tensor("batch_index", "INT32", 1, "0")) + ENDING + COUNTS + TOKENS,
           settings=(_TOKENIZER_DIR,)),
 )
 MODEL = {m.name: m for m in MODELS}

@@ -4,10 +4,11 @@ from __future__ import annotations
 import atexit
 import math
 import os
+import secrets
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ from ._native import Chunk, DeviceError, Outbox
 from .vocab import Vocab, read_json
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+_Scored = TypeVar("_Scored", Chunk, "Result")
 Prompt = str | bytes | Sequence[int] | npt.NDArray[np.integer[Any]]
 
 
@@ -39,6 +41,11 @@ class Result:
     queue_s: float
     prefill_s: float
     decode_s: float
+
+
+def best(results: Sequence[_Scored], count: int) -> list[_Scored]:
+    """The count of them with the highest mean log-probability of a token, best first; without tokens is last."""
+    return sorted(results, key=lambda r: r.cum_logprob / r.num_output_tokens if r.num_output_tokens else -math.inf, reverse=True)[:count]
 
 
 class Stream:
@@ -196,6 +203,20 @@ class Engine:
             bias += [(id, value) for id in ids]
         return bias
 
+    def submit_many(self, prompt: Prompt, count: int, *, outbox: Outbox, seed: int | None = None, **options: Any) -> list[int]:
+        """Starts `count` completions of one prompt; options as for submit. The i-th has the seed `seed` + i, modulo 2**64. All of
+        them or none: when one is refused, the outbox may still get cancelled chunks of uids that were never returned."""
+        first = secrets.randbits(64) if seed is None else seed
+        uids: list[int] = []
+        try:
+            for i in range(count):
+                uids.append(self.submit(prompt, outbox=outbox, seed=(first + i) % 2**64 if i else first, **options))
+        except BaseException:
+            for uid in uids:
+                self.cancel(uid)
+            raise
+        return uids
+
     def stream(self, prompt: Prompt, **options: Any) -> Stream:
         """Submits and iterates over the chunks; options as for submit. Raises DeviceError if the device fails."""
         outbox = Outbox()
@@ -204,11 +225,30 @@ class Engine:
     def generate(self, prompt: Prompt, **options: Any) -> Result:
         """Submits and waits for the whole completion; options as for submit."""
         outbox = Outbox()
-        uid = self.submit(prompt, outbox=outbox, stream=False, **options)
-        with Stream(self, uid, outbox) as chunks:
-            c = next(chunks)
-        return Result(uid, c.text.decode("utf-8", "replace"), c.token_ids, c.logprobs, c.top_token_ids, c.top_logprobs, c.cum_logprob, c.finish_reason, c.stop_reason,
-                      c.num_input_tokens, c.num_output_tokens, c.num_cached_tokens, c.queue_s, c.prefill_s, c.decode_s)
+        with Stream(self, self.submit(prompt, outbox=outbox, stream=False, **options), outbox) as chunks:
+            return _result(next(chunks))
+
+    def generate_many(self, prompt: Prompt, n: int, *, best_of: int | None = None, **options: Any) -> list[Result]:
+        """n completions as of submit_many, in order; with best_of > n the n of so many that have the highest mean log-probability
+        of a token, best first."""
+        count = n if best_of is None else best_of
+        if n < 1 or count < n:
+            raise ValueError(f"n is {n} and best_of {count}; expected 1 or more, and best_of not less than n")
+        outbox = Outbox()
+        uids = self.submit_many(prompt, count, outbox=outbox, stream=False, **options)
+        results: dict[int, Result] = {}
+        try:
+            while len(results) < count:
+                for chunk in outbox.poll():
+                    if chunk.finish_reason == "error":
+                        raise DeviceError(chunk.error)
+                    results[chunk.uid] = _result(chunk)
+        finally:
+            for uid in uids:
+                if uid not in results:
+                    self.cancel(uid)
+        every = [results[uid] for uid in uids]
+        return every if best_of is None or count == n else best(every, n)
 
     def cancel(self, uid: int) -> bool:
         """Ends a request within one step, wherever it is; False when it is unknown or has ended."""
@@ -230,6 +270,11 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _result(c: Chunk) -> Result:
+    return Result(c.uid, c.text.decode("utf-8", "replace"), c.token_ids, c.logprobs, c.top_token_ids, c.top_logprobs, c.cum_logprob,
+                  c.finish_reason, c.stop_reason, c.num_input_tokens, c.num_output_tokens, c.num_cached_tokens, c.queue_s, c.prefill_s, c.decode_s)
 
 
 def _as_bytes(name: str, words: Sequence[str | bytes] | str | bytes) -> list[bytes]:

@@ -28,6 +28,8 @@ class Request:
     submit: dict[str, Any]  # keywords of Engine.submit
     end_id: int  # -1: the model's end tokens
     stop_token_ids: tuple[int, ...]
+    count: int  # answers to return
+    best_of: int  # answers to generate, not less than count
     echo: bytes  # the prompt, when it is to be part of the text
     heartbeat: bool
 
@@ -239,11 +241,20 @@ def parse(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any], *, e
         submit["top_k"], submit["top_p"] = 1, 1.0
     if submit["min_tokens"] > submit["max_tokens"]:
         raise ValueError(f"min_length is {submit['min_tokens']}; it must not exceed max_tokens ({submit['max_tokens']})")
+    count, best_of = options.get("num_return_sequences"), options.get("best_of")
+    best_of = count if best_of is None else best_of
+    if best_of < count:
+        raise ValueError(f"best_of is {best_of}; it must be at least num_return_sequences ({count})")
+    if best_of > count and submit["stream"]:
+        raise ValueError(f"best_of is {best_of}; with stream it must be num_return_sequences ({count}): the best are known only at the end")
+    if best_of > 1 and submit["temperature"] == 0:
+        raise ValueError(f"{'best_of' if best_of > count else 'num_return_sequences'} is {best_of}; with temperature 0 all answers are the "
+                         "same, so it must be 1")
     exclude = options.get("exclude_input_in_output")
     echo = not (exclude_input if exclude is None else exclude)
     prompt = tensors["prompt_text"].reshape(-1)[0] if "prompt_text" in tensors else b""
     beat = tensors.get("heartbeat")
-    return Request(tensors["input_ids"].reshape(-1), submit, options.get("end_id"), options.get("stop_token_ids"),
+    return Request(tensors["input_ids"].reshape(-1), submit, options.get("end_id"), options.get("stop_token_ids"), count, best_of,
                    (prompt if isinstance(prompt, bytes) else str(prompt).encode()) if echo else b"",
                    beat is not None and bool(beat.reshape(-1)[0]))
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Callable, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from . import Engine, Outbox, lifecycle
+from .engine import best
 from .request import Request
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,8 @@ SHUTTING_DOWN = "the server is shutting down"
 
 
 class Reply(Protocol):
-    def send(self, chunk: Any, serial: int, echo: bytes, error: str) -> None: ...  # one with a finish_reason is the last
+    # sequence: which answer the chunk belongs to; last: of all chunks of the request
+    def send(self, chunk: Any, serial: int, echo: bytes, error: str, sequence: int, last: bool) -> None: ...
 
     def heartbeat(self, uid: int, serial: int) -> None: ...
 
@@ -37,12 +39,16 @@ class Draining(RuntimeError):
     """The server takes no new requests."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Live:
     reply: Reply
-    echo: bytes  # sent with the first chunk
+    echo: bytes  # sent with the first chunk of every answer
     heartbeat: bool  # behind it is the detokenizer
     last_send: float
+    count: int  # answers to be sent
+    sequences: dict[int, int] = field(default_factory=dict)  # uid -> index, of all that are generated
+    open: int = 0  # that have not ended
+    ended: list[Any] = field(default_factory=list)  # their chunks, where the best are chosen
     cancelled: bool = False
     error: str = ""  # why it was cancelled, if not by its client
 
@@ -58,7 +64,7 @@ class Service:
         self._on_stats = on_stats
         self._drain_deadline = 0.0  # monotonic; 0: not draining
         self._lock = threading.Lock()  # submitting and registering are one step for the sender
-        self._live: dict[int, _Live] = {}
+        self._live: dict[int, _Live] = {}  # by the uid of each of its sequences
         self._outbox = Outbox()
         self._closing = False
         self._serial = 0  # of the last chunk that went to the detokenizer
@@ -68,7 +74,7 @@ class Service:
         self._sender.start()
 
     def submit(self, request: Request, reply: Reply) -> int:
-        """The uid. ValueError, QueueFull, DeviceError, Draining: the reply has not been used."""
+        """The uid of the first answer; cancel() takes that of any. ValueError, QueueFull, DeviceError, Draining: the reply has not been used."""
         options = dict(request.submit)
         if request.end_id >= 0 or request.stop_token_ids:
             ends = [request.end_id] if request.end_id >= 0 else list(self._engine.config.get("eos_ids", ()))
@@ -76,9 +82,11 @@ class Service:
         with self._lock:
             if self._drain_deadline or self._closing:
                 raise Draining(f"{SHUTTING_DOWN}; send the request to another one")
-            uid = self._engine.submit(request.input_ids, outbox=self._outbox, **options)
-            self._live[uid] = _Live(reply, request.echo, request.heartbeat, time.monotonic())
-        return uid
+            uids = self._engine.submit_many(request.input_ids, request.best_of, outbox=self._outbox, **options)
+            live = _Live(reply, request.echo, request.heartbeat, time.monotonic(), request.count,
+                         {uid: i for i, uid in enumerate(uids)}, len(uids))
+            self._live.update(dict.fromkeys(uids, live))
+        return uids[0]
 
     def cancel(self, uid: int, error: str = "") -> None:
         with self._lock:
@@ -86,7 +94,8 @@ class Service:
             if live is None or live.cancelled:
                 return
             live.cancelled, live.error = True, error
-        self._engine.cancel(uid)
+        for each in live.sequences:
+            self._engine.cancel(each)
 
     def close(self) -> None:
         """Every request is answered, running ones with finish_reason cancelled."""
@@ -136,17 +145,34 @@ class Service:
 
     def _send(self, chunk: Any) -> None:
         with self._lock:
-            live = self._live.pop(chunk.uid) if chunk.finish_reason else self._live[chunk.uid]
+            live = self._live.get(chunk.uid)
+            if live is None:  # of a request that was refused as a whole, or has failed
+                return
+            error = live.error if chunk.finish_reason == "cancelled" else chunk.error
+            if chunk.finish_reason:
+                del self._live[chunk.uid]
+                live.open -= 1
+            if error:  # said once, for all answers
+                for uid in live.sequences:
+                    self._live.pop(uid, None)
+        if error or len(live.sequences) == live.count:
+            self._reply(live, chunk, error, live.sequences[chunk.uid], bool(error) or live.open == 0)
+            return
+        live.ended.append(chunk)  # the best are not streamed: it is all of an answer
+        if live.open == 0:
+            for i, each in enumerate(best(live.ended, live.count)):
+                self._reply(live, each, "", i, i == live.count - 1)
+
+    def _reply(self, live: _Live, chunk: Any, error: str, sequence: int, last: bool) -> None:
         live.last_send = time.monotonic()
-        error = live.error if chunk.finish_reason == "cancelled" else chunk.error
-        live.reply.send(chunk, self._next_serial(live), live.echo, error)
-        live.echo = b""
+        live.reply.send(chunk, self._next_serial(live), live.echo if chunk.index == 0 else b"", error, sequence, last)
 
     def _look(self, now: float) -> None:
         with self._lock:
-            live = [(uid, entry) for uid, entry in self._live.items() if not entry.cancelled]
-        beat_s = max(HEARTBEAT_S, sum(entry.heartbeat for _, entry in live) / HEARTBEATS_PER_S)
-        for uid, entry in live:
+            live = [entry for entry in dict.fromkeys(self._live.values()) if not entry.cancelled]
+        beat_s = max(HEARTBEAT_S, sum(entry.heartbeat for entry in live) / HEARTBEATS_PER_S)
+        for entry in live:
+            uid = next(iter(entry.sequences))
             if entry.reply.is_cancelled():
                 self.cancel(uid)
             elif entry.heartbeat and now - entry.last_send >= beat_s:

@@ -101,11 +101,11 @@ class _Sender:
             pb_utils.Tensor("output_ids", np.zeros((1, 0), np.int32)), _tensor("uid", uid, np.int64),
             _tensor("serial", serial, np.int64), _tensor("chunk_index", -1)]))
 
-    def send(self, chunk: Any, serial: int, echo: bytes, error: str) -> None:
+    def send(self, chunk: Any, serial: int, echo: bytes, error: str, sequence: int, last: bool) -> None:
         tensors = [
             pb_utils.Tensor("output_ids", np.asarray(chunk.token_ids, np.int32)[None]), _tensor("uid", chunk.uid, np.int64),
             _tensor("serial", serial, np.int64), _tensor("text_start", chunk.text_start), _tensor("text_bytes", chunk.text_bytes),
-            _tensor("chunk_index", chunk.index), _tensor("num_input_tokens", chunk.num_input_tokens),
+            _tensor("chunk_index", chunk.index), _tensor("sequence_index", sequence), _tensor("num_input_tokens", chunk.num_input_tokens),
             _tensor("num_output_tokens", chunk.num_output_tokens), _tensor("num_cached_tokens", chunk.num_cached_tokens)]
         if self._log_probs:
             tensors += [_tensor("cum_log_probs", chunk.cum_logprob, np.float32),
@@ -115,13 +115,15 @@ class _Sender:
                         pb_utils.Tensor("top_log_probs", np.asarray(chunk.top_logprobs, np.float32).reshape(1, -1))]
         if echo:
             tensors.append(_text("echo", echo))
-        if not chunk.finish_reason:
-            self._sender.send(pb_utils.InferenceResponse(tensors))
-            return
-        timings = np.array([[chunk.queue_s, chunk.prefill_s, chunk.decode_s]], np.float32)
-        tensors += [_text("finish_reason", chunk.finish_reason), _text("stop_reason", chunk.stop_reason),
-                    _text("error", error), pb_utils.Tensor("timings", timings)]
-        _finish(self._sender, pb_utils.InferenceResponse(tensors))
+        if chunk.finish_reason:
+            timings = np.array([[chunk.queue_s, chunk.prefill_s, chunk.decode_s]], np.float32)
+            tensors += [_text("finish_reason", chunk.finish_reason), _text("stop_reason", chunk.stop_reason),
+                        _text("error", error), pb_utils.Tensor("timings", timings)]
+        response = pb_utils.InferenceResponse(tensors)
+        if last:
+            _finish(self._sender, response)
+        else:
+            self._sender.send(response)
 
 
 class _Metrics:
@@ -241,8 +243,8 @@ class DetokenizerModel:
         if "echo" in chunk:
             text = chunk["echo"].as_numpy().reshape(-1)[0] + text
         # [1], not [1, 1]: clients of tensorrtllm_backend read as_numpy("text_output")[0]
-        outputs = [_text("text_output", text, (1,)), _tensor("chunk_index", index), _tensor("sequence_index", 0),
-                   _tensor("batch_index", 0)]
+        outputs = [_text("text_output", text, (1,)), _tensor("chunk_index", index),
+                   pb_utils.Tensor("sequence_index", chunk["sequence_index"].as_numpy()), _tensor("batch_index", 0)]
         outputs += [pb_utils.Tensor(t.name, chunk[t.name].as_numpy()) for t in contract.COUNTS if t.name in chunk]
         if "output_log_probs" in chunk:
             outputs.append(pb_utils.Tensor("output_token_ids", ids[None]))

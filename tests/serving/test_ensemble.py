@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from codefuse_triton_client import AsyncClient, Client, Result
-from serving_helpers import PROMPT, PlainStream, generate, generate_stream, post, tensor
+from serving_helpers import PROMPT, PlainStream, generate, generate_stream, post, tensor, wait_idle
 
 from codefuse_triton import Vocab
 from codefuse_triton.triton_server import TritonServer
@@ -72,6 +72,39 @@ def test_our_client(client: Client) -> None:
     assert 0 < result.timings.first_chunk_s < result.timings.total_s
     assert client.complete(PROMPT, max_tokens=200).text == result.text
     assert client.is_ready()
+
+
+def test_several_answers(server: TritonServer, client: Client) -> None:
+    options = dict(max_tokens=40, temperature=1.0, seed=70)
+    alone = [client.complete(PROMPT, max_tokens=40, temperature=1.0, seed=70 + i).text for i in range(5)]
+    assert len(set(alone)) > 1
+    with client.stream(PROMPT, n=5, **options) as stream:
+        chunks = list(stream)
+    assert [r.text for r in stream.results] == alone == [r.text for r in client.complete_all(PROMPT, n=5, **options)]
+    assert [c.sequence_index for c in chunks] != sorted(c.sequence_index for c in chunks)  # interleaved
+    for i, text in enumerate(alone):
+        mine = [c for c in chunks if c.sequence_index == i]
+        assert "".join(c.text for c in mine) == text and [c.index for c in mine] == list(range(len(mine)))
+    best = client.complete_all(PROMPT, n=2, best_of=5, logprobs=True, **options)
+    every = client.complete_all(PROMPT, n=5, logprobs=True, **options)
+    mean = sorted(every, key=lambda r: -r.cum_log_prob / r.num_output_tokens)
+    assert [r.text for r in best] == [r.text for r in mean[:2]]
+    (one,) = client.complete_all(PROMPT, best_of=3, exclude_input=False, **options)
+    assert one.text in [PROMPT + text for text in alone[:3]]
+    events = generate_stream(server, text_input=PROMPT, num_return_sequences=2, stream=True, **options)
+    assert {e["sequence_index"] for e in events} == {0, 1}
+    raw = PlainStream(server, "ensemble", [
+        tensor("text_input", "BYTES", [PROMPT.encode()]), tensor("max_tokens", "INT32", [40]), tensor("num_return_sequences", "INT32", [2]),
+        tensor("temperature", "FP32", [1.0]), tensor("random_seed", "UINT64", [70]), tensor("exclude_input_in_output", "BOOL", [False])])
+    results = list(raw)
+    raw.close()
+    assert {int(r.as_numpy("sequence_index")[0][0]): r.as_numpy("text_output")[0].decode() for r in results} == {i: PROMPT + alone[i] for i in (0, 1)}
+
+
+def test_leaving_several_answers_frees_all_places(server: TritonServer, client: Client) -> None:
+    with client.stream(PROMPT, n=6, max_tokens=1500, temperature=1.0, ignore_eos=True) as stream:
+        next(stream)
+    wait_idle(server)
 
 
 def test_top_log_probs(server: TritonServer, client: Client, weights: Path) -> None:
