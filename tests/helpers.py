@@ -1,6 +1,7 @@
 """Shared by tests of ops and models: tiny random GPT-NeoX checkpoints, batches, weights as bits."""
 
 import contextlib
+import json
 import sys
 from pathlib import Path
 
@@ -33,6 +34,17 @@ def make_neox(path: Path, dtype: str = "f32", **fields):
     model.save_pretrained(path / "hf", state_dict=state)
     convert.convert(path / "hf", path / "native", tokenizer=False, progress=contextlib.nullcontext(lambda n: None))
     return model.eval(), path / "native"
+
+
+def add_byte_tokenizer(native: Path) -> None:
+    """A tokenizer.json whose tokens 3 to 258 are the bytes; the vocab is at least 259."""
+    import tokenizers
+
+    t = tokenizers.Tokenizer(tokenizers.models.BPE({c: i + 3 for i, c in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}, []))
+    t.pre_tokenizer, t.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    t.save(str(native / "tokenizer.json"))
+    config = json.loads((native / "config.json").read_text())
+    (native / "config.json").write_text(json.dumps({**config, "tokenizer_files": ["tokenizer.json"]}))
 
 
 def as_format(w: np.ndarray, format: str) -> tuple[np.ndarray, np.ndarray]:

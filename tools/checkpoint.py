@@ -58,6 +58,11 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def is_weights_directory(directory: Path) -> bool:
+    """Whether our tools wrote it (tools/weights_writer.py)."""
+    return (directory / "config.json").is_file() and "format_version" in read_json(directory / "config.json")
+
+
 def read_safetensors(path: Path) -> dict[str, TensorInfo]:
     """Header of one safetensors file (https://github.com/huggingface/safetensors#format), checked against its size."""
     size = path.stat().st_size

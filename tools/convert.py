@@ -2,9 +2,11 @@
 """Hugging Face checkpoint -> native weights directory (config.json, model-*.safetensors, tokenizer files).
 
     python tools/convert.py CHECKPOINT_DIR model_repository/generator/1
+    python tools/convert.py models/codefuse/fastertransformer/2-gpu /data/codefuse   # a directory of FasterTransformer (config.ini)
     python tools/convert.py --random gptneox-13b /data/random-13b     # weights made at load, for benchmarks
     python tools/convert.py --random gptneox-13b --format q8_row /data/random-13b
 
+A checkpoint that GPTQ or AWQ has quantized to 4 bits keeps its codes, scales and zeros (tools/prequantized.py says which are read).
 Tensors are read one at a time (memory use is about one tensor), checked (shape, NaN, Inf, overflow of the output type) and
 written in the canonical layout; a run that fails or is killed leaves an earlier conversion as it was.
 """
@@ -18,7 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import BF16, CheckpointError, TensorInfo, open_checkpoint, read_json
+from ft_directory import is_ft_directory, open_ft_directory
 from hf_models import PRESETS, Plan, Source, plan_for
+from prequantized import method_of, open_tensors, plan_quantized
 from rounding import FORMATS
 from weights_writer import Planned, check_target, write_weights
 
@@ -76,16 +80,30 @@ def token_ids(directory: Path, config: dict) -> dict:
     return {"bos_id": -1 if bos is None else bos, "eos_ids": eos}
 
 
+def plan_source(source: Path, ignore: set[str], dtype: np.dtype | None) -> tuple[dict, list[Planned]]:
+    """Our config and tensors of a Hugging Face checkpoint, quantized or not, or of a FasterTransformer directory."""
+    method = None
+    if is_ft_directory(source):
+        hf, stored = open_ft_directory(source)
+    else:
+        hf = read_json(source / "config.json")
+        method = method_of(source, hf)
+        stored = open_tensors(source) if method else open_checkpoint(source)
+    plan = plan_for({k: v for k, v in hf.items() if k != "quantization_config"}, ignore)
+    config = {**plan.config, **token_ids(source, hf), "source": str(source.resolve().name)}
+    if not method:
+        return config, plan_tensors(plan, stored, dtype)
+    tensors, format = plan_quantized(plan, method, stored, lambda name, source, info: _planned(name, source, info, dtype))
+    return {**config, "formats": {"matrices": format, "lm_head": "keep", "method": method.name}}, tensors
+
+
 def convert(source: Path, target: Path, dtype: str = "auto", ignore: set[str] = frozenset(), tokenizer: bool = True, progress=None) -> dict:
     """Converts `source` into `target`; returns the written config. CheckpointError names what is wrong."""
     check_target(target)
-    hf = read_json(source / "config.json")
-    plan = plan_for(hf, set(ignore))
-    tensors = plan_tensors(plan, open_checkpoint(source), None if dtype == "auto" else DTYPES[dtype])
+    config, tensors = plan_source(source, set(ignore), None if dtype == "auto" else DTYPES[dtype])
     files = [source / n for n in TOKENIZER_FILES if (source / n).is_file()] if tokenizer else []
     if tokenizer and not any(f.name in ("tokenizer.json", "tokenizer.model") for f in files):
         raise CheckpointError(f"{source}: no tokenizer.json and no tokenizer.model; save a fast tokenizer there with transformers, or pass --no-tokenizer")
-    config = {**plan.config, **token_ids(source, hf), "source": str(source.resolve().name)}
     with progress_bar(sum(t.nbytes for t in tensors)) if progress is None else progress as tick:
         write_weights(target, config, tensors, files, tick)
     return config
@@ -121,10 +139,10 @@ def write_random(preset: str, target: Path, format: str, seed: int, on_disk: boo
 
 
 class progress_bar:
-    """A progress bar on stderr: `with progress_bar(total_bytes) as tick: tick(n)`."""
+    """A progress bar on stderr: `with progress_bar(total) as tick: tick(n)`. unit: of total; "MB" counts bytes."""
 
-    def __init__(self, total: int):
-        self._total, self._done, self._shown = max(total, 1), 0, -1
+    def __init__(self, total: int, unit: str = "MB"):
+        self._total, self._done, self._shown, self._unit, self._scale = max(total, 1), 0, -1, unit, 1e6 if unit == "MB" else 1
 
     def __enter__(self):
         return self._tick
@@ -132,11 +150,11 @@ class progress_bar:
     def _tick(self, n: int) -> None:
         self._done += n
         percent = 100 * self._done // self._total
-        if percent == self._shown or not (sys.stderr.isatty() or percent % 25 == 0):
+        if percent == self._shown or not (sys.stderr.isatty() or percent // 25 > self._shown // 25):
             return
         self._shown = percent
         end = "\r" if sys.stderr.isatty() else "\n"
-        print(f"  [{'#' * (percent // 4):25s}] {percent:3d} %  {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB", end=end, file=sys.stderr, flush=True)
+        print(f"  [{'#' * (percent // 4):25s}] {percent:3d} %  {self._done / self._scale:,.0f} of {self._total / self._scale:,.0f} {self._unit}", end=end, file=sys.stderr, flush=True)
 
     def __exit__(self, *_):
         if sys.stderr.isatty():
@@ -145,7 +163,7 @@ class progress_bar:
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("source", nargs="?", type=Path, help="Hugging Face checkpoint directory")
+    p.add_argument("source", nargs="?", type=Path, help="directory of a Hugging Face checkpoint or of FasterTransformer")
     p.add_argument("target", type=Path, help="weights directory to write, e.g. model_repository/generator/1")
     p.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="type of the written tensors; auto keeps each tensor's own")
     p.add_argument("--ignore-field", action="append", default=[], metavar="NAME", help="a config.json field that does not matter")

@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 
 from checkpoint import BF16, CheckpointError
+from rounding import GROUPS, check_format
 
 FORMAT_VERSION = 1
 SHARD_BYTES = 4 << 30
@@ -36,6 +37,26 @@ class Planned:
     @property
     def nbytes(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+def planned_matrix(name: str, shape: tuple[int, ...], format: str, make: Callable[[], dict[str, np.ndarray]]) -> list[Planned]:
+    """The tensors that take a matrix's place: codes, scale and, with a zero per group, zero. make: its stored parts (_native.pack)."""
+    check_format(name, format, shape)
+    rows, columns = shape
+    base = name.removesuffix(".weight")
+    parts: dict[str, np.ndarray] = {}
+
+    def weight() -> np.ndarray:
+        parts.update(make())
+        return parts.pop("weight")
+
+    if format == "q8_row":
+        return [Planned(name, shape, np.dtype("i1"), weight, format),
+                Planned(f"{base}.scale", (rows,), np.dtype("<f4"), lambda: parts.pop("scale"))]
+    groups = columns // GROUPS[format]
+    return [Planned(name, (rows, columns // 2), np.dtype("u1"), weight, format),
+            Planned(f"{base}.scale", (rows, groups), np.dtype("<f2"), lambda: parts.pop("scale")),
+            Planned(f"{base}.zero", (rows, groups), np.dtype("u1"), lambda: parts.pop("zero"))]
 
 
 def _shards(tensors: list[Planned]) -> list[list[Planned]]:
@@ -98,13 +119,14 @@ def _installed(directory: Path) -> list[str]:
 
 
 def write_weights(directory: Path, config: dict, tensors: Iterable[Planned], tokenizer_files: Iterable[Path],
-                  progress: Callable[[int], None] = lambda n: None) -> None:
+                  progress: Callable[[int], None] = lambda n: None, inspect: Callable[[Path], dict] | None = None) -> None:
     """Writes tensors (in canonical order), tokenizer files and config.json into `directory`, replacing an earlier conversion.
 
     Everything is written to a temporary directory inside `directory` first; on any error it is removed and the earlier
-    conversion is untouched.
+    conversion is untouched. `inspect` sees that directory when it is complete, and returns what is added to config.json; it raises to refuse.
     """
     check_target(directory)
+    new = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
     for stale in directory.glob(".convert-*"):
         shutil.rmtree(stale)
@@ -120,6 +142,8 @@ def write_weights(directory: Path, config: dict, tensors: Iterable[Planned], tok
         copied = [Path(shutil.copyfile(f, temp / f.name)).name for f in tokenizer_files]
         full = {"format_version": FORMAT_VERSION, **config, "files": files, "tokenizer_files": copied}
         (temp / "config.json").write_text(json.dumps(full, indent=1) + "\n")
+        if inspect:
+            (temp / "config.json").write_text(json.dumps({**full, **inspect(temp)}, indent=1) + "\n")
         old = _installed(directory)
         (directory / "config.json").unlink(missing_ok=True)
         for name in old:
@@ -128,3 +152,5 @@ def write_weights(directory: Path, config: dict, tensors: Iterable[Planned], tok
             os.replace(temp / name, directory / name)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
+        if new and not any(directory.iterdir()):
+            directory.rmdir()
