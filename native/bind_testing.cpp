@@ -370,7 +370,7 @@ std::unique_ptr<Runner> make_runner(const std::string& weights, const std::strin
 
 void bind_testing(py::module_& module) {
   using namespace py::literals;
-  py::module_ m = module.def_submodule("testing", "Ops and models without the engine, for tests.");
+  py::module_ m = module.def_submodule("testing", "Ops and models without the engine, for tests and for tools that measure a model.");
   m.attr("PAGE_TOKENS") = kPageTokens;
   m.attr("DECODE_ROWS") = kDecodeRows;
   m.attr("LAST_TOKEN") = kLastToken;
