@@ -116,7 +116,8 @@ int64_t submit(Engine& engine, std::vector<int32_t> prompt, std::shared_ptr<Outb
                float top_p, float min_p, std::optional<uint64_t> seed, const std::vector<std::pair<int32_t, float>>& logit_bias,
                float repetition_penalty, float presence_penalty, float frequency_penalty, const std::vector<py::bytes>& bad_words,
                const std::vector<py::bytes>& stop, bool include_stop,
-               std::vector<int32_t> eos_ids, int min_tokens, bool stream, bool logprobs, int top_logprobs, const py::bytes& cache_salt) {
+               std::vector<int32_t> eos_ids, int min_tokens, bool stream, bool logprobs, int top_logprobs, const py::bytes& cache_salt, int beam_width, int beam_count,
+               float length_penalty, float beam_diversity_rate, bool early_stopping) {
   Request r;
   r.prompt = std::move(prompt);
   r.max_tokens = max_tokens;
@@ -128,6 +129,7 @@ int64_t submit(Engine& engine, std::vector<int32_t> prompt, std::shared_ptr<Outb
   r.include_stop = include_stop;
   r.eos_ids = std::move(eos_ids);
   r.min_tokens = min_tokens;
+  r.beams = {beam_width, beam_count, length_penalty, beam_diversity_rate, early_stopping};
   r.stream = stream;
   r.logprobs = logprobs;
   r.cache_salt = cache_salt;
@@ -197,7 +199,9 @@ PYBIND11_MODULE(_native, m) {
            py::arg("presence_penalty") = 0.0, py::arg("frequency_penalty") = 0.0, py::arg("bad_words") = py::typing::List<py::bytes>(), py::arg("stop") = py::typing::List<py::bytes>(), py::arg("include_stop") = false,
            py::arg("eos_ids") = std::vector<int32_t>(), py::arg("min_tokens") = 0, py::arg("stream") = true, py::arg("logprobs") = false,
            py::arg("top_logprobs") = 0, py::arg("cache_salt") = py::bytes(),
-           "Uid of the new request; its chunks go to outbox.")
+           py::arg("beam_width") = 1, py::arg("beam_count") = 1, py::arg("length_penalty") = 1.0, py::arg("beam_diversity_rate") = 0.0,
+           py::arg("early_stopping") = false,
+           "Uid of the new request, the first of beam_count; its chunks go to outbox.")
       .def("cancel", &Engine::cancel, py::arg("uid"), py::call_guard<py::gil_scoped_release>(),
            "False when the request is unknown or has ended.")
       .def("stats", &stats)

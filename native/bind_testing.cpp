@@ -39,7 +39,8 @@ Batch to_batch(const py::dict& d) {
   const auto params = field<std::vector<py::dict>>(d, "sample", {});
   for (size_t i = 0; i < std::min(params.size(), b.sample.size()); ++i)
     b.sample[i] = {field(params[i], "temperature", 0.f), field(params[i], "top_k", 0), field(params[i], "top_p", 1.f),
-                   field(params[i], "min_p", 0.f), field<uint64_t>(params[i], "seed", 0), field(params[i], "top_tokens", 0)};
+                   field(params[i], "min_p", 0.f), field<uint64_t>(params[i], "seed", 0), field(params[i], "top_tokens", 0),
+                   field(params[i], "top_edited", false)};
   b.edit_begin = field<std::vector<int32_t>>(d, "edit_begin", {});
   for (auto& [token, add, penalty] : field<std::vector<std::tuple<int32_t, float, float>>>(d, "edits", {})) b.edits.push_back({token, add, penalty});
   b.mask_of = field<std::vector<int32_t>>(d, "mask_of", {});

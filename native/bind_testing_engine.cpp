@@ -12,6 +12,7 @@
 #include <set>
 #include <thread>
 
+#include "engine/beam_search.h"
 #include "engine/engine.h"
 
 namespace py = pybind11;
@@ -327,6 +328,34 @@ void bind_testing_engine(py::module_& module) {
       .def_property_readonly("nodes", [](const Tree& t) { return t.cache.nodes(); })
       .def_property_readonly("free", [](const Tree& t) { return t.pages.free(); })
       .def_property_readonly("idle", [](const Tree& t) { return t.pages.idle(); });
+
+  // Tokens have the bytes of token_bytes; next: per running beam (tokens, log-probs).
+  py::class_<BeamSearch>(m, "BeamSearch")
+      .def(py::init([](int width, float length_penalty, float diversity_rate, bool early_stopping, int max_tokens, std::vector<int32_t> end_ids,
+                       const TokenBytes& token_bytes, std::vector<std::string> stops) {
+        static std::deque<TokenBytes> tables;  // which texts refer to
+        tables.push_back(token_bytes);
+        return std::make_unique<BeamSearch>(BeamOptions{width, width, length_penalty, diversity_rate, early_stopping}, max_tokens, std::move(end_ids),
+                                            TextCut(&tables.back(), std::move(stops), false, 0));
+      }), py::kw_only(), py::arg("width"), py::arg("length_penalty") = 1.f, py::arg("diversity_rate") = 0.f, py::arg("early_stopping") = false,
+           py::arg("max_tokens"), py::arg("end_ids") = std::vector<int32_t>(), py::arg("token_bytes") = TokenBytes(),
+           py::arg("stops") = std::vector<std::string>())
+      .def_static("candidates", &BeamSearch::candidates, py::arg("width"), py::arg("end_ids"))
+      .def("advance", [](BeamSearch& s, const std::vector<std::pair<std::vector<int32_t>, std::vector<float>>>& next) {
+        std::vector<TopTokens> tops;
+        for (auto& [tokens, logprobs] : next) tops.push_back({tokens, logprobs});
+        return s.advance(tops);
+      })
+      .def_property_readonly("running", [](const BeamSearch& s) {
+        py::list out;
+        for (const BeamSearch::Beam& b : s.running()) out.append(py::make_tuple(b.tokens, b.score));
+        return out;
+      })
+      .def_property_readonly("finished", [](BeamSearch& s) {
+        py::list out;
+        for (const BeamSearch::Beam& b : s.finished()) out.append(py::make_tuple(b.tokens, b.score, name_of(b.finish)));
+        return out;
+      });
 
   // Pieces of the text of tokens 0, 1, ..: [(ids, text)] as released after each token and at the end; the stop string found.
   m.def("cut_text", [](const TokenBytes& tokens, std::vector<std::string> stops, bool include_stop, int min_tokens) {

@@ -72,7 +72,8 @@ def test_submit_keywords_are_the_engines() -> None:
 def test_defaults() -> None:
     assert submit() == dict(max_tokens=128, min_tokens=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=None, stop=(), logit_bias={},
                             repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, bad_words=(),
-                            include_stop=False, ignore_eos=False, stream=False, logprobs=False, top_logprobs=0, cache_salt="")
+                            include_stop=False, ignore_eos=False, stream=False, logprobs=False, top_logprobs=0, cache_salt="", beam_width=1,
+                            length_penalty=1.0, beam_diversity_rate=0.0, early_stopping=False)
 
 
 @pytest.mark.parametrize("given, temperature", [
@@ -100,6 +101,14 @@ def test_answers() -> None:
     assert [(r.count, r.best_of) for r in (parse(IDS, {}), parse(IDS, dict(num_return_sequences=3, temperature=1)),
                                            parse(IDS, dict(sampling_parameters='{"n": 2, "best_of": 5, "temperature": 1}')))] == [(1, 1), (3, 3), (2, 5)]
     assert parse(IDS, dict(num_return_sequences=2, best_of=2, temperature=1, stream=True)).best_of == 2
+
+
+def test_beams() -> None:
+    for given in (dict(), dict(temperature=1.0, top_k=1, top_p=0.0, repetition_penalty=1.0, bad_words=[""])):  # what clients send anyway
+        request = parse(IDS, dict(beam_width=4, num_return_sequences=3, len_penalty=0.5, **given))
+        assert request.count == request.best_of == 3 and request.submit["beam_count"] == 3 and request.submit["length_penalty"] == 0.5
+        assert (request.submit["temperature"], request.submit["top_k"], request.submit["top_p"]) == (0, 0, 1)
+    assert "beam_count" not in submit(length_penalty=2, beam_width=1)
 
 
 @pytest.mark.parametrize("given, logprobs, top", [
@@ -139,6 +148,13 @@ def test_biases() -> None:
     (dict(best_of=2), "best_of is 2; with temperature 0 all answers"),
     (dict(num_return_sequences=3, best_of=2, temperature=1), "best_of is 2; it must be at least num_return_sequences (3)"),
     (dict(best_of=2, temperature=1, stream=True), "best_of is 2; with stream it must be num_return_sequences (1)"),
+    (dict(beam_width=65), "parameter beam_width is 65; it must be between 1 and 64"),
+    (dict(beam_width=2, temperature=0.7), "temperature is 0.7; with beam_width 2 it must be 0 or 1"),
+    (dict(beam_width=2, top_k=50), "top_k is 50; with beam_width 2 it must be -1 or 0 or 1"),
+    (dict(beam_width=2, bad_words=["x"]), "bad_words is ('x',); with beam_width 2 it must be ()"),
+    (dict(beam_width=2, frequency_penalty=1), "frequency_penalty is 1.0; with beam_width 2 it must be 0"),
+    (dict(beam_width=2, num_return_sequences=3), "num_return_sequences is 3; with beam_width 2 it must be at most 2"),
+    (dict(beam_width=4, num_return_sequences=2, best_of=3), "best_of is 3; with beam_width 4 it must be at most 2"),
     (dict(temperature="hot"), "parameter temperature is 'hot'; expected a number"),
     (dict(temperature=True), "parameter temperature is True; expected a number"),
     (dict(max_tokens=1.5), "parameter max_tokens is 1.5; expected an integer"),

@@ -393,7 +393,7 @@ def test_top_tokens(vocab):
     logits[0::5] = np.round(logits[0::5])  # ties
     logits[3, ::2] = -np.inf
     counts = [(s * 7) % (testing.TOP_TOKENS + 1) for s in range(rows)]
-    params = [dict(SAMPLING[s % len(SAMPLING)], top_tokens=n) for s, n in enumerate(counts)]
+    params = [dict(SAMPLING[s % len(SAMPLING)], top_tokens=n, top_edited=s % 2 == 1) for s, n in enumerate(counts)]
     edits, allowed = random_changes(vocab, rows, 1)
     batch = make_batch(Pages(SLOTS, MAX_LEN, 512), decode=[(i, 0, i) for i in range(rows)], logits="all", sample=params) | changes(vocab, edits, allowed)
     np.testing.assert_array_equal(*(o.sample(batch, logits)[0] for o in ops))

@@ -9,6 +9,7 @@ from fake_model import EOS, fake_engine
 
 torch = pytest.importorskip("torch")
 from helpers import Pages, make_batch, make_neox, prompt_logits, runner  # noqa: E402
+from test_engine_model import ON  # noqa: E402
 from test_ops import config  # noqa: E402
 
 VOCAB = 131
@@ -26,8 +27,8 @@ def native(tmp_path_factory):
     return make_neox(tmp_path_factory.mktemp("rules"))[1]
 
 
-def load(native, pages=40, **options) -> Engine:
-    e = _native.Engine(str(native), table(), device="cpu", dtype="float32", kv_bytes=pages * PAGE_BYTES, threads=2, **options)
+def load(native, pages=40, device="cpu", **options) -> Engine:
+    e = _native.Engine(str(native), table(), device=device, dtype="float32", kv_bytes=pages * PAGE_BYTES, threads=2, **options)
     return Engine._of(e, Vocab.none(str(native)))
 
 
@@ -222,14 +223,15 @@ def options_of(rng: random.Random) -> dict:
     return o
 
 
+@ON
 @pytest.mark.parametrize("depth", [1, 2])
-def test_same_tokens_alone_in_a_batch_and_preempted(native, depth):
+def test_same_tokens_alone_in_a_batch_and_preempted(native, device, depth):
     rng = random.Random(3)
     requests = [(prompt_of(i, rng.randint(1, 60)), options_of(rng)) for i in range(24)]
-    with load(native, depth=depth, slots=8) as engine:
+    with load(native, depth=depth, slots=8, device=device) as engine:
         alone = [engine.generate(p, max_tokens=50, eos_ids=[2, 40, 41], logprobs=True, **o) for p, o in requests]
     for pages in (40, 9):
-        with load(native, pages=pages, depth=depth, slots=8) as engine:
+        with load(native, pages=pages, depth=depth, slots=8, device=device) as engine:
             box = Outbox()
             uids = [engine.submit(p, outbox=box, max_tokens=50, eos_ids=[2, 40, 41], logprobs=True, stream=False, **o) for p, o in requests]
             chunks = {}

@@ -253,5 +253,20 @@ def test_top_tokens(vocab):
             assert top_logprobs[s, order.tolist().index(tokens[s])] == logprobs[s] or np.isnan(logprobs[s])
     ops.sample(batch | dict(sample=[{}] * 60), logits)
     assert ops.top_tokens[0].shape == (0, k)
-    with pytest.raises(ValueError, match=r"top_tokens\[0\] is 21; expected 0 to 20"):
-        ops.sample(batch | dict(sample=[dict(top_tokens=21)] * 60), logits)
+    with pytest.raises(ValueError, match=r"top_tokens\[0\] is 129; expected 0 to 128"):
+        ops.sample(batch | dict(sample=[dict(top_tokens=129)] * 60), logits)
+
+
+def test_top_tokens_of_the_edited_row():
+    ops, vocab, k = of_vocab(200), 200, 60
+    logits = normal(30, vocab, seed=3, scale=2)
+    edits, allowed = random_changes(vocab, 30, 7)
+    batch = make_batch(Pages(8, 20000, 5000), prefill=[(0, [0] * 30, 0)], logits="all", sample=[dict(top_tokens=k, top_edited=True)] * 30)
+    ops.sample(batch | changes(vocab, edits, allowed), logits)
+    top, logprobs = ops.top_tokens
+    for s in range(30):
+        row = changed(logits[s], edits[s], allowed[s]).astype(np.float64)
+        order = np.argsort(-np.where(np.isnan(row), -np.inf, np.where(row == -np.inf, -1e300, row)), kind="stable")[:k]
+        assert top[s, :k].tolist() == order.tolist()
+        want = row[order] - torch.logsumexp(torch.from_numpy(logits[s]).double(), 0).item()
+        np.testing.assert_allclose(logprobs[s, :k], want, atol=2e-5, rtol=1e-6)

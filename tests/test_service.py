@@ -57,6 +57,9 @@ class FakeEngine:
         self.outbox = outbox
         return uids
 
+    def submit(self, ids: Any, *, beam_count: int, **options: Any) -> int:  # with beams
+        return self.submit_many(ids, beam_count, **options)[0]
+
     def cancel(self, uid: int) -> bool:
         self.cancelled.append(uid)
         self.outbox.put(uid, "", "cancelled")
@@ -196,6 +199,16 @@ def test_the_best_of_many(make: Any) -> None:
         engine.outbox.put(uid + i, f"answer {i}", "length", num_output_tokens=tokens, cum_logprob=cum)
     assert reply.ended.wait(3)
     assert reply.sent == [("answer 3", b"echo", ""), ("answer 1", b"echo", "")] and reply.of == [0, 1]
+
+
+def test_beams_are_answers(make: Any) -> None:
+    engine, service = make()
+    reply = FakeReply()
+    uid = service.submit(request(num_return_sequences=2, beam_width=4), reply)
+    engine.outbox.put(uid, "best", "eos")
+    engine.outbox.put(uid + 1, "second", "length")
+    assert reply.ended.wait(3)
+    assert reply.sent == [("best", b"echo", ""), ("second", b"echo", "")] and reply.of == [0, 1]
 
 
 def test_an_error_is_said_once(make: Any) -> None:

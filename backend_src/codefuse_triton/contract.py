@@ -96,6 +96,14 @@ OPTIONS = (
            "gives alone", default=1, low=1, high=64, json="n"),
     Option("best_of", "INT32", "so many are generated, the num_return_sequences with the highest mean log-probability of a token returned, "
            "best first; not with stream; not given: num_return_sequences", low=1, high=64),
+    Option("beam_width", "INT32", "beam search with so many beams; its num_return_sequences best texts come at the end, best first; not with sampling, "
+           "penalties, bad_words or num_log_probs", default=1, low=1, high=64, submit="beam_width"),
+    Option("length_penalty", "FP32", "with beams: a text's score is its log-probability / tokens ^ length_penalty", default=1.0, low=-100, high=100,
+           alias="len_penalty", submit="length_penalty"),
+    Option("beam_search_diversity_rate", "FP32", "with beams: times a token's rank among those of its beam, added to its score; below 0 siblings are "
+           "held back", default=0.0, low=-1e4, high=1e4, submit="beam_diversity_rate"),
+    Option("early_stopping", "BOOL", "with beams: end with beam_width finished texts even if another could become better", default=False,
+           submit="early_stopping"),
     Option("stop_words", "STRING", "strings that end the text, found in the text itself", dims=-1, default=(),
            json="stop", submit="stop"),
     Option("include_stop", "BOOL", "leave the stop string in the text", default=False,
@@ -111,9 +119,6 @@ OPTIONS = (
     Option("num_log_probs", "INT32", "how many of the most likely tokens to report in the place of each new one", default=0, low=0,
            high=20, json="top_logprobs", submit="top_logprobs"),
     Option("pad_id", "INT32", "accepted; nothing is padded"),
-    Option("length_penalty", "FP32", "accepted; without beams it has no effect"),
-    Option("beam_search_diversity_rate", "FP32", "accepted; without beams it has no effect"),
-    Option("beam_width", "INT32", "only 1", neutral=(1,)),
     Option("suffix", "STRING", "only empty", neutral=("",)),
     Option("session", "STRING", "only empty", neutral=("",)),
     Option("cache_salt", "STRING", "requests of different salts reuse nothing of each other's prompts", default="", high=256,
@@ -127,7 +132,7 @@ MAX_STOP_WORDS, MAX_STOP_BYTES = 64, 1024  # of bad_words too
 
 # vLLM's names that change nothing here, with the values that are accepted (None always is)
 JSON_IGNORED = {
-    "use_beam_search": (False,), "early_stopping": (False, True), "detokenize": (True,),
+    "use_beam_search": (False,), "detokenize": (True,),
     "skip_special_tokens": (True,), "spaces_between_special_tokens": (True, False), "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
 }

@@ -159,7 +159,8 @@ class Engine:
                repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
                bad_words: Sequence[str | bytes] = (), stop: Sequence[str | bytes] = (), include_stop: bool = False,
                eos_ids: Sequence[int] | None = None, ignore_eos: bool = False, min_tokens: int = 0, stream: bool = True,
-               logprobs: bool = False, top_logprobs: int = 0, cache_salt: str | bytes = b"") -> int:
+               logprobs: bool = False, top_logprobs: int = 0, cache_salt: str | bytes = b"", beam_width: int = 1, beam_count: int = 1,
+               length_penalty: float = 1.0, beam_diversity_rate: float = 0.0, early_stopping: bool = False) -> int:
         """Starts a completion whose chunks go to `outbox`; returns its uid, a positive number never used again.
 
         prompt: text, UTF-8 bytes or token ids. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. seed None draws
@@ -173,13 +174,17 @@ class Engine:
         strings do not end the output.
         stream=False delivers one chunk with everything. logprobs: of each token under the model itself: before temperature, biases,
         penalties and bans. top_logprobs: how many of the most likely tokens to report with each token, at most 20.
-        cache_salt: only requests of the same one reuse each other's computed prompts.
+        cache_salt: only requests of the same one reuse each other's computed prompts. beam_width > 1: beam search as transformers does
+        it, with length_penalty and early_stopping; beam_diversity_rate times a token's rank among those of its beam is added to its score
+        when beams are chosen. The beam_count best texts come at the end, best first, each as one chunk under uids that follow the
+        returned one; not with temperature, penalties, bad_words or top_logprobs.
 
         ValueError names field, value and limit; QueueFull; DeviceError once the device has failed.
         """
         if seed is not None and not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}; expected 0..{2**64 - 1}")
-        for name, value in (("max_tokens", max_tokens), ("min_tokens", min_tokens), ("top_k", top_k), ("top_logprobs", top_logprobs)):
+        for name, value in (("max_tokens", max_tokens), ("min_tokens", min_tokens), ("top_k", top_k), ("top_logprobs", top_logprobs), ("beam_width", beam_width),
+                            ("beam_count", beam_count)):
             if abs(value) >= 2**31:
                 raise ValueError(f"{name} is {value}; expected less than {2**31}")
         bias = self._bias(logit_bias or {})
@@ -190,7 +195,9 @@ class Engine:
                                    min_p=min_p, seed=seed, logit_bias=bias + [(id, -math.inf) for id in bans], repetition_penalty=repetition_penalty,
                                    presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, bad_words=words,
                                    stop=_as_bytes("stop", stop), include_stop=include_stop, eos_ids=eos, min_tokens=min_tokens,
-                                   stream=stream, logprobs=logprobs, top_logprobs=top_logprobs, cache_salt=_key_bytes("cache_salt", cache_salt))
+                                   stream=stream, logprobs=logprobs, top_logprobs=top_logprobs, cache_salt=_key_bytes("cache_salt", cache_salt),
+                                   beam_width=beam_width, beam_count=beam_count, length_penalty=length_penalty, beam_diversity_rate=beam_diversity_rate,
+                                   early_stopping=early_stopping)
 
     def _bias(self, given: Mapping[int | str, float]) -> list[tuple[int, float]]:
         bias: list[tuple[int, float]] = []
@@ -230,12 +237,18 @@ class Engine:
 
     def generate_many(self, prompt: Prompt, n: int, *, best_of: int | None = None, **options: Any) -> list[Result]:
         """n completions as of submit_many, in order; with best_of > n the n of so many that have the highest mean log-probability
-        of a token, best first."""
+        of a token, best first. With beam_width the n best of its beams."""
         count = n if best_of is None else best_of
         if n < 1 or count < n:
             raise ValueError(f"n is {n} and best_of {count}; expected 1 or more, and best_of not less than n")
         outbox = Outbox()
-        uids = self.submit_many(prompt, count, outbox=outbox, stream=False, **options)
+        if options.get("beam_width", 1) > 1:
+            if count > n:
+                raise ValueError(f"best_of is {best_of}; with beam_width expected n, {n}")
+            first = self.submit(prompt, outbox=outbox, stream=False, beam_count=n, **options)
+            uids = list(range(first, first + n))
+        else:
+            uids = self.submit_many(prompt, count, outbox=outbox, stream=False, **options)
         results: dict[int, Result] = {}
         try:
             while len(results) < count:

@@ -213,6 +213,16 @@ def _read_parameters(parameters: Mapping[str, Any], options: _Options) -> None:
             raise _unknown(name, "parameter", tuple(OPTION_BY_NAME))
 
 
+def _check_beams(options: _Options) -> None:
+    """Beams are not sampled: what clients send without meaning it is let through, the rest refused."""
+    for name, accepted in (("temperature", (0, 1)), ("top_k", (-1, 0, 1)), ("top_p", (0, 1)), ("min_p", (0,)), ("repetition_penalty", (1,)),
+                           ("presence_penalty", (0,)), ("frequency_penalty", (0,)), ("bad_words", ((),)), ("num_log_probs", (0,))):
+        value = options.get(name)
+        if value is not None and value not in accepted:
+            raise ValueError(f"{name} is {_shown(value)}; with beam_width {options.get('beam_width')} it must be "
+                             f"{' or '.join(_shown(a) for a in accepted)}")
+
+
 def parse(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any], *, exclude_input: bool = True) -> Request:
     """tensors: by name, any shape with one batch row. exclude_input: the default of exclude_input_in_output."""
     options = _Options()
@@ -231,7 +241,10 @@ def parse(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any], *, e
     if "input_ids" not in tensors or tensors["input_ids"].size == 0:
         raise ValueError("input_ids is missing or empty; the prompt must have at least one token")
     submit = {o.submit: options.get(o.name) for o in contract.OPTIONS if o.submit}
-    if "temperature" not in options:
+    if submit["beam_width"] > 1:
+        _check_beams(options)
+        submit["temperature"], submit["top_k"], submit["top_p"] = 0.0, 0, 1.0
+    elif "temperature" not in options:
         samples = submit["top_k"] > 1 or 0 < submit["top_p"] < 1 or submit["min_p"] > 0
         submit["temperature"] = 1.0 if samples else 0.0
     submit["logit_bias"] = _bias(submit["logit_bias"] or (), options.get("embedding_bias_words"), options.get("embedding_bias_weights"))
@@ -247,7 +260,12 @@ def parse(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any], *, e
         raise ValueError(f"best_of is {best_of}; it must be at least num_return_sequences ({count})")
     if best_of > count and submit["stream"]:
         raise ValueError(f"best_of is {best_of}; with stream it must be num_return_sequences ({count}): the best are known only at the end")
-    if best_of > 1 and submit["temperature"] == 0:
+    if submit["beam_width"] > 1:
+        if best_of > count or count > submit["beam_width"]:
+            raise ValueError(f"{'best_of' if best_of > count else 'num_return_sequences'} is {best_of}; with beam_width {submit['beam_width']} it "
+                             f"must be at most {count if best_of > count else submit['beam_width']}")
+        submit["beam_count"] = count
+    elif best_of > 1 and submit["temperature"] == 0:
         raise ValueError(f"{'best_of' if best_of > count else 'num_return_sequences'} is {best_of}; with temperature 0 all answers are the "
                          "same, so it must be 1")
     exclude = options.get("exclude_input_in_output")

@@ -22,6 +22,8 @@ OPTIONS = {
     "max_tokens": ("max_tokens", "INT32"), "min_tokens": ("min_tokens", "INT32"), "temperature": ("temperature", "FP32"),
     "top_k": ("top_k", "INT32"), "top_p": ("top_p", "FP32"), "min_p": ("min_p", "FP32"), "seed": ("random_seed", "UINT64"),
     "n": ("num_return_sequences", "INT32"), "best_of": ("best_of", "INT32"),
+    "beam_width": ("beam_width", "INT32"), "length_penalty": ("length_penalty", "FP32"),
+    "beam_diversity_rate": ("beam_search_diversity_rate", "FP32"), "early_stopping": ("early_stopping", "BOOL"),
     "repetition_penalty": ("repetition_penalty", "FP32"), "presence_penalty": ("presence_penalty", "FP32"),
     "frequency_penalty": ("frequency_penalty", "FP32"), "logit_bias": ("logit_bias", "BYTES"), "bad_words": ("bad_words", "BYTES"),
     "stop": ("stop_words", "BYTES"), "include_stop": ("include_stop", "BOOL"), "end_id": ("end_id", "INT32"),

@@ -79,7 +79,7 @@ void sample_row(const Kernels& kernels, const float* raw, int vocab, const Sampl
   kernels.order_keys(s.key.data(), raw, vocab);
   token = greatest(key, vocab);
   const float raw_m = raw[token];
-  if (p.top_tokens > 0) find_top(top_token, p.top_tokens, key, vocab);
+  if (p.top_tokens > 0 && !p.top_edited) find_top(top_token, p.top_tokens, key, vocab);
   const float* logits = raw;
   if (changes.count > 0 || changes.mask) {
     s.edited.resize(size_t(vocab));
@@ -88,6 +88,7 @@ void sample_row(const Kernels& kernels, const float* raw, int vocab, const Sampl
     kernels.order_keys(s.key.data(), logits, vocab);
     token = greatest(key, vocab);
   }
+  if (p.top_tokens > 0 && p.top_edited) find_top(top_token, p.top_tokens, key, vocab);
   const float m = logits[token];
 
   if (p.temperature > 0) {
@@ -119,9 +120,9 @@ void sample_row(const Kernels& kernels, const float* raw, int vocab, const Sampl
     }
   }
   const double log_sum = std::log(kernels.sum_exp(raw, raw_m, vocab));
-  const auto logprob_of = [&](int32_t id) { return float(double(raw[id]) - raw_m - log_sum); };
-  logprob = logprob_of(token);
-  for (int i = 0; i < p.top_tokens; ++i) top_logprob[i] = top_token[i] < 0 ? 0.f : logprob_of(top_token[i]);
+  const auto logprob_of = [&](float logit) { return float(double(logit) - raw_m - log_sum); };
+  logprob = logprob_of(raw[token]);
+  for (int i = 0; i < p.top_tokens; ++i) top_logprob[i] = top_token[i] < 0 ? 0.f : logprob_of((p.top_edited ? logits : raw)[top_token[i]]);
 }
 
 }  // namespace codefuse::cpu

@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads) top_tokens(const Args a) {
   if (slot_of(a, s) < 0) return;
   const int k = a.m.sample[s].top_tokens;
   if (k == 0) return;
-  const float* row = a.logits + int64_t(s) * n;
+  const float* row = a.m.sample[s].top_edited ? row_of(a, s) : a.logits + int64_t(s) * n;
   U64* const parts = a.scratch.top_part + s * kSampleParts * kTopTokens;
   const int end = end_of(n);
   U64 own[kEach], last = ~U64(0);
@@ -220,16 +220,21 @@ __global__ void __launch_bounds__(kThreads) top_tokens(const Args a) {
     if (threadIdx.x == 0) __stcg(parts + blockIdx.x * kTopTokens + r, last);
   }
   if (!last_to_arrive(a, s)) return;
-  static_assert(kSampleParts * kTopTokens <= 2 * kThreads);
+  constexpr int kCandidates = kSampleParts * kTopTokens / kThreads;  // of a thread
+  static_assert(kCandidates <= kEach && kCandidates * kThreads == kSampleParts * kTopTokens);
 #pragma unroll
-  for (int j = 0; j < 2; ++j) {
+  for (int j = 0; j < kCandidates; ++j) {
     const int i = threadIdx.x + j * kThreads;
-    own[j] = i < kSampleParts * kTopTokens && i % kTopTokens < k ? __ldcg(parts + i) : 0;
+    own[j] = i % kTopTokens < k ? __ldcg(parts + i) : 0;
   }
   const float2 top = a.scratch.top[s];
   last = ~U64(0);
   for (int r = 0; r < k; ++r) {
-    last = block_max(max(own[0] < last ? own[0] : 0, own[1] < last ? own[1] : 0), keys);
+    U64 best = 0;
+#pragma unroll
+    for (int j = 0; j < kCandidates; ++j)
+      if (own[j] < last) best = max(best, own[j]);
+    last = block_max(best, keys);
     if (threadIdx.x != 0) continue;
     const int id = last ? id_of(last) : -1;
     a.scratch.top_token[s * kTopTokens + r] = id;
@@ -417,8 +422,8 @@ void sample(const Stream& s, const float* logits, int vocab, int S, const Sampli
   const Args a{logits, vocab, passes.edited, m, scratch};
   const Sampling kind = passes.kind;
   launch(s, row_top, dim3(kSampleParts, S), kThreads, 0, a);
-  if (passes.top) launch(s, top_tokens, dim3(kSampleParts, S), kThreads, 0, a);
   if (passes.edited) launch(s, edit_rows, dim3(kSampleParts, S), kThreads, 0, a);
+  if (passes.top) launch(s, top_tokens, dim3(kSampleParts, S), kThreads, 0, a);
   if (kind == Sampling::greedy) return;
   const dim3 grid(std::clamp(4 * s.sms / S, 8, kSampleParts), S);  // integers: the number of parts changes nothing
   if (kind != Sampling::temperature) {

@@ -13,6 +13,7 @@ double seconds(std::chrono::steady_clock::time_point from, std::chrono::steady_c
   return std::chrono::duration<double>(to - from).count();
 }
 
+constexpr int kTopLogprobs = 20;
 constexpr size_t kListedTokens = kRuleEdits / 4;  // of logit_bias and of eos_ids
 
 Reuse reuse_of(const std::string& prefix_cache, bool rows_alike) {
@@ -74,7 +75,7 @@ void Engine::validate(const Request& r) const {
   if (s.top_k < 0) throw ValueError(cat("top_k is ", s.top_k, "; expected 0 (off) or more"));
   if (!(s.top_p > 0 && s.top_p <= 1)) throw ValueError(cat("top_p is ", s.top_p, "; expected more than 0, at most 1"));
   if (!(s.min_p >= 0 && s.min_p <= 1)) throw ValueError(cat("min_p is ", s.min_p, "; expected 0..1"));
-  const int most = std::min(kTopTokens, vocab);
+  const int most = std::min(kTopLogprobs, vocab);
   if (s.top_tokens < 0 || s.top_tokens > most) throw ValueError(cat("top_logprobs is ", s.top_tokens, "; expected 0..", most));
   const Penalties& p = r.penalties;
   if (!(p.repetition > 0) || !std::isfinite(p.repetition))
@@ -102,11 +103,13 @@ void Engine::validate(const Request& r) const {
   for (size_t i = 0; i < r.eos_ids.size(); ++i)
     if (r.eos_ids[i] < 0 || r.eos_ids[i] >= vocab)
       throw ValueError(cat("eos_ids[", i, "] is ", r.eos_ids[i], "; expected 0..", vocab - 1));
+  validate_beams(r);
   if (r.cache_salt.size() > 256) throw ValueError(cat("cache_salt has ", r.cache_salt.size(), " bytes; expected at most 256"));
   if (!r.outbox) throw ValueError("outbox is missing");
 }
 
 void Engine::add_rules(Request& r) const {
+  if (r.beams.width > 1) return;  // its rows have rules of their own
   if (!r.logit_bias.empty() || r.penalties.any() || (r.min_tokens > 0 && !r.eos_ids.empty()))
     r.rules.push_back(std::make_unique<TokenRules>(r.logit_bias, r.penalties, r.prompt, r.eos_ids, r.min_tokens));
   if (!r.bad_words.empty())
@@ -127,16 +130,16 @@ int64_t Engine::submit(Request request) {
   }
   auto live = std::make_unique<Live>(0, std::move(request), &token_bytes_);
   std::lock_guard<std::mutex> lock(mutex_);
-  const size_t most = size_t(scheduler_.limits().slots + options_.queue);
-  if (!error_.empty() || closing_ || alive_.size() >= most) {
+  const size_t most = size_t(scheduler_.limits().slots + options_.queue), texts = size_t(live->request.beams.count);
+  if (!error_.empty() || closing_ || alive_.size() + texts > most) {
     ++stats_.refused;
     if (!error_.empty()) throw DeviceError(cat("the engine has failed: ", error_));
     if (closing_) throw std::runtime_error("the engine is closed");
     throw QueueFull(cat("the queue is full: ", alive_.size(), " requests are alive; expected at most ", most, " (",
                         scheduler_.limits().slots, " slots and a queue of ", options_.queue, ")"));
   }
-  const int64_t uid = live->uid = next_uid_++;
-  alive_.insert(uid);
+  const int64_t uid = live->uid = next_uid_;
+  for (size_t i = 0; i < texts; ++i) alive_.emplace(next_uid_++, uid);
   incoming_.push_back(std::move(live));
   ++stats_.submitted;
   wake_.notify_one();
@@ -145,8 +148,9 @@ int64_t Engine::submit(Request request) {
 
 bool Engine::cancel(int64_t uid) {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (!alive_.count(uid)) return false;
-  cancels_.push_back(uid);
+  const auto it = alive_.find(uid);
+  if (it == alive_.end()) return false;
+  cancels_.push_back(it->second);
   wake_.notify_one();
   return true;
 }
@@ -225,7 +229,12 @@ bool Engine::take_commands() {
   }
   for (auto& live : incoming) {
     Request& r = live->request;
-    scheduler_.add(live->uid, r.prompt, r.max_tokens, r.sample, std::move(r.rules), r.cache_salt);
+    if (r.beams.width > 1) {
+      live->beams = std::make_unique<BeamSearch>(r.beams, r.max_tokens, r.eos_ids, live->text);
+      run_beams(*live);
+    } else {
+      scheduler_.add(live->uid, r.prompt, r.max_tokens, r.sample, std::move(r.rules), r.cache_salt);
+    }
     live_.emplace(live->uid, std::move(live));
   }
   for (int64_t uid : cancels) end(uid, Finish::cancelled);
@@ -239,7 +248,8 @@ bool Engine::launch() {
   launched_[ticket] = Clock::now();
   int64_t cached = 0;
   for (const Admission& a : step.admitted) {
-    Live& live = *live_.at(a.uid);
+    Live& live = *live_.at(a.uid < 0 ? beam_rows_.at(a.uid).first : a.uid);
+    if (live.started != Clock::time_point()) continue;  // a later row of a beam
     live.started = launched_[ticket];
     cached += live.cached_tokens = a.cached;
   }
@@ -275,6 +285,12 @@ void Engine::collect() {
   }
   for (size_t k = 0; k < used; ++k) {
     const size_t i = used_[k];
+    if (step.sampled[i] < 0) {
+      Live& live = *live_.at(beam_rows_.at(step.sampled[i]).first);
+      if (live.first == Clock::time_point()) live.first = now;
+      take_beam(step.sampled[i], sampled.top_token.data() + i * kTopTokens, sampled.top_logprob.data() + i * kTopTokens);
+      continue;
+    }
     Live& live = *live_.at(step.sampled[i]);
     if (live.text.pushed() == 0) live.first = now;
     TopTokens top;
@@ -304,15 +320,22 @@ void Engine::end(int64_t uid, Finish finish, const std::string& error) {
   std::unique_ptr<Live> live = std::move(it->second);
   live_.erase(it);
   scheduler_.remove(uid);
+  stop_beams(*live);
   live->text.release(true, &live->piece);
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    alive_.erase(uid);
-    ++stats_.finished[size_t(finish)];
+    for (int i = 0; i < live->request.beams.count; ++i) {
+      alive_.erase(uid + i);
+      const bool found = live->beams && finish == Finish::length;
+      ++stats_.finished[size_t(found ? live->beams->finished()[size_t(i)].finish : finish)];
+    }
     copy_stats();
     if (alive_.empty()) drained_.notify_all();
   }
-  deliver(*live, finish, error);
+  if (live->beams)
+    deliver_beams(*live, finish, error);
+  else
+    deliver(*live, finish, error);
 }
 
 void Engine::end_all(Finish finish, const std::string& error) {

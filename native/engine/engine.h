@@ -7,10 +7,10 @@
 #include <string>
 #include <thread>
 #include <unordered_map>
-#include <unordered_set>
 #include <vector>
 
 #include "core/check.h"
+#include "engine/beam_search.h"
 #include "engine/outbox.h"
 #include "engine/scheduler.h"
 #include "engine/text.h"
@@ -38,6 +38,7 @@ struct Request {
   SampleParams sample;
   LogitBias logit_bias;
   Penalties penalties;
+  BeamOptions beams;
   std::vector<std::string> bad_words;  // bytes that prompt and text do not contain where they meet or after; none empty
   std::vector<std::string> stop;  // bytes; none empty
   bool include_stop = false;
@@ -75,7 +76,8 @@ class Engine {
 
   const Runner& runner() const { return *runner_; }
 
-  // Uid of the request, positive and unique. ValueError; QueueFull; DeviceError after a failure; runtime_error when closed.
+  // Uid of the request, positive and unique; with beams those of its beams.count texts are uid, uid + 1, .. and cancelling one cancels all.
+  // ValueError; QueueFull; DeviceError after a failure; runtime_error when closed.
   int64_t submit(Request request);
   // False when there is no such request or it has ended. The last output of a cancelled request has Finish::cancelled.
   bool cancel(int64_t uid);
@@ -95,10 +97,18 @@ class Engine {
     int output_tokens = 0;
     int cached_tokens = 0;
     double cum_logprob = 0;
+    std::unique_ptr<BeamSearch> beams;  // with beams, else nullptr
+    std::vector<TopTokens> next;        // [beams that run] what may follow them, of those whose row has been computed
+    int missing = 0;                    // the others
   };
 
   void validate(const Request& r) const;
   void add_rules(Request& r) const;
+  void validate_beams(const Request& r) const;
+  void run_beams(Live& live);
+  void take_beam(int64_t row, const int32_t* tokens, const float* logprobs);
+  void stop_beams(const Live& live);
+  void deliver_beams(Live& live, Finish finish, const std::string& error);
   void run();
   void serve();
   void copy_stats();     // the scheduler's; mutex_ is held
@@ -119,6 +129,8 @@ class Engine {
   // the engine thread's own
   Scheduler scheduler_;
   std::unordered_map<int64_t, std::unique_ptr<Live>> live_;
+  std::unordered_map<int64_t, std::pair<int64_t, size_t>> beam_rows_;  // the scheduler's uid of a beam's row, negative -> request, beam
+  int64_t next_beam_row_ = -1;
   Batch batches_[2];
   Step steps_[2];
   Clock::time_point launched_[2];
@@ -132,7 +144,7 @@ class Engine {
   std::condition_variable drained_; // for close: no request is alive
   std::vector<std::unique_ptr<Live>> incoming_;
   std::vector<int64_t> cancels_;
-  std::unordered_set<int64_t> alive_;  // submitted and not ended
+  std::unordered_map<int64_t, int64_t> alive_;  // submitted and not ended -> the first uid of the request
   int64_t next_uid_ = 1;
   bool closing_ = false, stop_ = false;
   std::string error_;

@@ -20,7 +20,8 @@ Scheduler::Scheduler(const Limits& limits, int prefill_rows, Reuse reuse)
   for (int s = limits.slots - 1; s >= 0; --s) free_slots_.push_back(s);
 }
 
-void Scheduler::add(int64_t uid, std::vector<int32_t> prompt, int max_tokens, const SampleParams& sample, RuleList rules, std::string salt) {
+void Scheduler::add(int64_t uid, std::vector<int32_t> prompt, int max_tokens, const SampleParams& sample, RuleList rules, std::string salt,
+                    bool next) {
   auto s = std::make_unique<Sequence>();
   s->uid = uid;
   s->prompt = std::move(prompt);
@@ -28,7 +29,7 @@ void Scheduler::add(int64_t uid, std::vector<int32_t> prompt, int max_tokens, co
   s->sample = sample;
   s->rules = std::move(rules);
   s->salt = std::move(salt);
-  waiting_.push_back(s.get());
+  waiting_.insert(next ? waiting_.begin() : waiting_.end(), s.get());
   all_.emplace(uid, std::move(s));
 }
 

@@ -57,8 +57,9 @@ class Scheduler {
   static int pages_for(int tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
 
   // 1 <= prompt.size(), prompt.size() + max_tokens <= max_len, pages_for(prompt + max_tokens - 1) <= pages.
-  // salt: sequences of different salts take over nothing from each other.
-  void add(int64_t uid, std::vector<int32_t> prompt, int max_tokens, const SampleParams& sample, RuleList rules = {}, std::string salt = {});
+  // salt: sequences of different salts take over nothing from each other. next: in front of all that wait.
+  void add(int64_t uid, std::vector<int32_t> prompt, int max_tokens, const SampleParams& sample, RuleList rules = {}, std::string salt = {},
+           bool next = false);
 
   // Fills batch and step with the next rows; false when nothing can run before results arrive or requests are added.
   bool schedule(Batch* batch, Step* step);

@@ -9,7 +9,7 @@ namespace codefuse {
 constexpr int kPageTokens = 32;     // tokens of one KV page
 constexpr int kDecodeRows = 64;     // most decode rows of one step (columns of the streaming matrix kernel)
 constexpr int kRuleEdits = 4096;    // logits that a request's own lists may edit, beyond those of the tokens of its text
-constexpr int kTopTokens = 20;      // most likely tokens that a sample reports at most
+constexpr int kTopTokens = 128;     // most likely tokens that a sample reports at most
 constexpr int32_t kLastToken = -1;  // Batch::token: the token sampled last for this slot, still on the device
 
 // How one row's next token is chosen. Fields hold validated values.
@@ -20,6 +20,7 @@ struct SampleParams {
   float min_p = 0.f;        // 0: off
   uint64_t seed = 0;
   int top_tokens = 0;       // most likely tokens to report, at most kTopTokens
+  bool top_edited = false;  // they are those of the row after edits and mask
 };
 
 // What happens to one logit l before a token is chosen: l = (penalty == 1 ? l : l > 0 ? l / penalty : l * penalty) + add, in
@@ -80,7 +81,8 @@ struct Sampled {
   std::vector<int32_t> token;  // [samples]
   std::vector<float> logprob;  // [samples] log softmax of the raw logits at the token
   // [samples, kTopTokens] of each sample the first top_tokens: the most likely tokens by the raw logits, the lower id first on a tie,
-  // and their log softmax; -1 behind the vocabulary's end. Empty when no sample asks.
+  // and their log softmax; -1 behind the vocabulary's end. With top_edited by the edited logits, whose difference to the raw ones is added
+  // to the log softmax; NaN for forbidden tokens. Empty when no sample asks.
   std::vector<int32_t> top_token;
   std::vector<float> top_logprob;
 };

@@ -101,6 +101,19 @@ def test_several_answers(server: TritonServer, client: Client) -> None:
     assert {int(r.as_numpy("sequence_index")[0][0]): r.as_numpy("text_output")[0].decode() for r in results} == {i: PROMPT + alone[i] for i in (0, 1)}
 
 
+def test_beams(server: TritonServer, client: Client) -> None:
+    texts = client.complete_all(PROMPT, n=4, beam_width=6, max_tokens=20, logprobs=True, ignore_eos=True)
+    assert len({r.text for r in texts}) == 4 and {r.finish_reason for r in texts} == {"length"}
+    assert [r.cum_log_prob for r in texts] == sorted((r.cum_log_prob for r in texts), reverse=True)
+    assert texts[0].text != client.complete(PROMPT, max_tokens=20, ignore_eos=True).text
+    with client.stream(PROMPT, n=2, beam_width=6, max_tokens=20, ignore_eos=True) as stream:
+        assert [(c.sequence_index, c.text) for c in stream] == [(i, texts[i].text) for i in range(2)]
+    assert generate(server, text_input=PROMPT, max_tokens=20, beam_width=6, ignore_eos=True)["text_output"] == texts[0].text
+    with client.stream(PROMPT, beam_width=8, max_tokens=1000, ignore_eos=True):
+        pass  # leaving before the end
+    wait_idle(server)
+
+
 def test_leaving_several_answers_frees_all_places(server: TritonServer, client: Client) -> None:
     with client.stream(PROMPT, n=6, max_tokens=1500, temperature=1.0, ignore_eos=True) as stream:
         next(stream)
