@@ -414,7 +414,7 @@ def test_recorded_steps_with_edits(tmp_path):
             r.step(make_batch(pages, prefill=[(slot, [5 + slot, 9], 0)], sample=[{}]))
         rng = np.random.default_rng(5)
         for i in range(24):
-            batch = make_batch(pages, decode=[(slot, testing.LAST_TOKEN, 2 + i) for slot in range(3)], sample=[dict(), dict(temperature=1.0, seed=i), dict()])
+            batch = make_batch(pages, decode=[(slot, testing.LAST_TOKEN, 2 + i) for slot in range(3)], sample=[dict(), dict(temperature=1.0, seed=i), dict(top_tokens=i % 2 * 5)])
             if i % 3:
                 banned, allowed = int(rng.integers(131)), np.sort(rng.choice(131, 20, replace=False)).tolist()
                 batch |= changes(131, [[(banned, -np.inf, 1.0)], [], [(3, 2.0, 1.5)]], [None, allowed, allowed if i % 2 else None])

@@ -96,8 +96,8 @@ OPTIONS = (
            "gives alone", default=1, low=1, high=64, json="n"),
     Option("best_of", "INT32", "so many are generated, the num_return_sequences with the highest mean log-probability of a token returned, "
            "best first; not with stream; not given: num_return_sequences", low=1, high=64),
-    Option("beam_width", "INT32", "beam search with so many beams; its num_return_sequences best texts come at the end, best first; not with sampling, "
-           "penalties, bad_words or num_log_probs", default=1, low=1, high=64, submit="beam_width"),
+    Option("beam_width", "INT32", "beam search with so many beams; its num_return_sequences best texts come at the end, best first; not with sampling "
+           "or num_log_probs", default=1, low=1, high=64, submit="beam_width"),
     Option("length_penalty", "FP32", "with beams: a text's score is its log-probability / tokens ^ length_penalty", default=1.0, low=-100, high=100,
            alias="len_penalty", submit="length_penalty"),
     Option("beam_search_diversity_rate", "FP32", "with beams: times a token's rank among those of its beam, added to its score; below 0 siblings are "

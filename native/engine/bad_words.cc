@@ -18,41 +18,40 @@ std::vector<int32_t> tokens_by_bytes(const TokenBytes& table, int vocab) {
   return order;
 }
 
-BadWords::BadWords(std::vector<std::string> words, const TokenBytes* table, const std::vector<int32_t>* order, int vocab, const std::vector<int32_t>& prompt)
-    : words_(std::move(words)), table_(table), order_(order), vocab_(vocab), inside_(size_t(mask_words(vocab)), 0) {
-  for (const std::string& word : words_) longest_ = std::max(longest_, word.size());
-  for (int32_t t : *order_)
-    for (const std::string& word : words_)
-      if ((*table_)[size_t(t)].find(word) != std::string::npos) {
-        set(&inside_, t);
-        break;
-      }
+WordList::WordList(std::vector<std::string> given, const TokenBytes* token_bytes, const std::vector<int32_t>* by_bytes, int vocab_size)
+    : words(std::move(given)), table(token_bytes), order(by_bytes), vocab(vocab_size), inside(size_t(mask_words(vocab_size)), 0) {
+  for (const std::string& word : words) longest = std::max(longest, word.size());
+  for (int32_t t : *order)
+    if (std::any_of(words.begin(), words.end(), [&](const std::string& word) { return (*table)[size_t(t)].find(word) != std::string::npos; })) set(&inside, t);
+}
+
+BadWords::BadWords(std::shared_ptr<const WordList> list, const std::vector<int32_t>& prompt) : list_(std::move(list)) {
   size_t first = prompt.size();
-  for (size_t bytes = 0; first > 0 && bytes < longest_;) {
+  for (size_t bytes = 0; first > 0 && bytes < list_->longest;) {
     const size_t t = size_t(prompt[--first]);
-    bytes += t < table_->size() ? (*table_)[t].size() : 0;
+    bytes += t < list_->table->size() ? (*list_->table)[t].size() : 0;
   }
   for (; first < prompt.size(); ++first) read(prompt[first]);
 }
 
 void BadWords::read(int32_t token) {
-  if (size_t(token) < table_->size()) tail_ += (*table_)[size_t(token)];
-  if (tail_.size() >= longest_) tail_.erase(0, tail_.size() - (longest_ - 1));
+  if (size_t(token) < list_->table->size()) tail_ += (*list_->table)[size_t(token)];
+  if (tail_.size() >= list_->longest) tail_.erase(0, tail_.size() - (list_->longest - 1));
 }
 
 void BadWords::ban_beginning_with(const char* bytes, size_t size, std::vector<uint32_t>* banned) const {
-  const auto compare = [&](int32_t t) { return (*table_)[size_t(t)].compare(0, size, bytes, size); };
-  auto it = std::partition_point(order_->begin(), order_->end(), [&](int32_t t) { return compare(t) < 0; });
-  for (; it != order_->end() && compare(*it) == 0; ++it) set(banned, *it);
+  const auto compare = [&](int32_t t) { return (*list_->table)[size_t(t)].compare(0, size, bytes, size); };
+  auto it = std::partition_point(list_->order->begin(), list_->order->end(), [&](int32_t t) { return compare(t) < 0; });
+  for (; it != list_->order->end() && compare(*it) == 0; ++it) set(banned, *it);
 }
 
 void BadWords::prepare(const std::vector<int32_t>& generated, int /*index*/, LogitChanges* changes) {
   for (; read_ < generated.size(); ++read_) read(generated[read_]);
-  std::vector<uint32_t> banned = inside_;
-  for (const std::string& word : words_)
+  std::vector<uint32_t> banned = list_->inside;
+  for (const std::string& word : list_->words)
     for (size_t begun = 1; begun < word.size() && begun <= tail_.size(); ++begun)
       if (tail_.compare(tail_.size() - begun, begun, word, 0, begun) == 0) ban_beginning_with(word.data() + begun, word.size() - begun, &banned);
-  changes->forbid(banned, vocab_);
+  changes->forbid(banned, list_->vocab);
 }
 
 }  // namespace codefuse

@@ -22,10 +22,6 @@ void Engine::validate_beams(const Request& r) const {
   };
   if (r.sample.temperature != 0) refuse("temperature", r.sample.temperature, 0);
   if (r.sample.top_tokens != 0) refuse("top_logprobs", r.sample.top_tokens, 0);
-  if (r.penalties.repetition != 1) refuse("repetition_penalty", r.penalties.repetition, 1);
-  if (r.penalties.presence != 0) refuse("presence_penalty", r.penalties.presence, 0);
-  if (r.penalties.frequency != 0) refuse("frequency_penalty", r.penalties.frequency, 0);
-  if (!r.bad_words.empty()) refuse("bad_words", cat(r.bad_words.size(), " strings"), "none");
 }
 
 void Engine::run_beams(Live& live) {
@@ -41,7 +37,9 @@ void Engine::run_beams(Live& live) {
     tokens.insert(tokens.end(), running[i].tokens.begin(), running[i].tokens.end());
     RuleList rules;
     const int early = std::max(0, r.min_tokens - int(running[i].tokens.size()));  // tokens before which no end may come
-    if (!r.logit_bias.empty() || early > 0) rules.push_back(std::make_unique<TokenRules>(r.logit_bias, Penalties(), tokens, r.eos_ids, early));
+    if (!r.logit_bias.empty() || r.penalties.any() || early > 0)
+      rules.push_back(std::make_unique<TokenRules>(r.logit_bias, r.penalties, r.prompt, r.eos_ids, early, running[i].tokens));
+    if (live.bad_words) rules.push_back(std::make_unique<BadWords>(live.bad_words, tokens));
     const int64_t row = next_beam_row_--;
     beam_rows_.emplace(row, std::pair(live.uid, i));
     scheduler_.add(row, std::move(tokens), 1, sample, std::move(rules), r.cache_salt, !running[i].tokens.empty());
@@ -75,18 +73,17 @@ void Engine::stop_beams(const Live& live) {
 
 void Engine::deliver_beams(Live& live, Finish finish, const std::string& error) {
   const int64_t first = live.uid;
-  const bool complete = finish == Finish::length;
-  for (int i = 0; i < live.request.beams.count; ++i) {
-    live.uid = first + i;
+  std::vector<BeamSearch::Beam> best = std::move(live.beams->finished());
+  best.insert(best.end(), live.beams->running().begin(), live.beams->running().end());  // of a search that was ended
+  for (size_t i = 0; i < size_t(live.request.beams.count); ++i) {
+    live.uid = first + int64_t(i);
     live.output_tokens = 0;
     live.cum_logprob = 0;
-    if (complete) {
-      BeamSearch::Beam& beam = live.beams->finished()[size_t(i)];
-      live.text = std::move(beam.text);
+    if (i < best.size()) {
+      live.text = std::move(best[i].text);
       live.text.release(true, &live.piece);
-      finish = beam.finish;
     }
-    deliver(live, finish, error);
+    deliver(live, finish == Finish::length ? best[i].finish : finish, error);
   }
 }
 

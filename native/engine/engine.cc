@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "engine/bad_words.h"
-
 namespace codefuse {
 
 namespace {
@@ -112,8 +110,11 @@ void Engine::add_rules(Request& r) const {
   if (r.beams.width > 1) return;  // its rows have rules of their own
   if (!r.logit_bias.empty() || r.penalties.any() || (r.min_tokens > 0 && !r.eos_ids.empty()))
     r.rules.push_back(std::make_unique<TokenRules>(r.logit_bias, r.penalties, r.prompt, r.eos_ids, r.min_tokens));
-  if (!r.bad_words.empty())
-    r.rules.push_back(std::make_unique<BadWords>(r.bad_words, &token_bytes_, &tokens_by_bytes_, runner_->config().vocab, r.prompt));
+  if (!r.bad_words.empty()) r.rules.push_back(std::make_unique<BadWords>(word_list(r), r.prompt));
+}
+
+std::shared_ptr<const WordList> Engine::word_list(const Request& r) const {
+  return std::make_shared<const WordList>(r.bad_words, &token_bytes_, &tokens_by_bytes_, runner_->config().vocab);
 }
 
 int64_t Engine::submit(Request request) {
@@ -231,6 +232,7 @@ bool Engine::take_commands() {
     Request& r = live->request;
     if (r.beams.width > 1) {
       live->beams = std::make_unique<BeamSearch>(r.beams, r.max_tokens, r.eos_ids, live->text);
+      if (!r.bad_words.empty()) live->bad_words = word_list(r);
       run_beams(*live);
     } else {
       scheduler_.add(live->uid, r.prompt, r.max_tokens, r.sample, std::move(r.rules), r.cache_salt);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/check.h"
+#include "engine/bad_words.h"
 #include "engine/beam_search.h"
 #include "engine/outbox.h"
 #include "engine/scheduler.h"
@@ -98,12 +99,14 @@ class Engine {
     int cached_tokens = 0;
     double cum_logprob = 0;
     std::unique_ptr<BeamSearch> beams;  // with beams, else nullptr
+    std::shared_ptr<const WordList> bad_words;
     std::vector<TopTokens> next;        // [beams that run] what may follow them, of those whose row has been computed
     int missing = 0;                    // the others
   };
 
   void validate(const Request& r) const;
   void add_rules(Request& r) const;
+  std::shared_ptr<const WordList> word_list(const Request& r) const;
   void validate_beams(const Request& r) const;
   void run_beams(Live& live);
   void take_beam(int64_t row, const int32_t* tokens, const float* logprobs);

@@ -5,7 +5,8 @@
 
 namespace codefuse {
 
-TokenRules::TokenRules(const LogitBias& bias, const Penalties& penalties, const std::vector<int32_t>& prompt, const std::vector<int32_t>& end_ids, int min_tokens)
+TokenRules::TokenRules(const LogitBias& bias, const Penalties& penalties, const std::vector<int32_t>& prompt, const std::vector<int32_t>& end_ids, int min_tokens,
+                       const std::vector<int32_t>& text)
     : penalties_(penalties), min_tokens_(min_tokens) {
   if (penalties.repetition != 1.f) {
     std::vector<int32_t> tokens = prompt;
@@ -19,6 +20,8 @@ TokenRules::TokenRules(const LogitBias& bias, const Penalties& penalties, const 
   for (auto [token, value] : bias) entry(token).bias += value;
   if (min_tokens > 0)
     for (int32_t t : end_ids) entry(t).end = true;
+  if (penalties.any())
+    for (int32_t t : text) ++entry(t).count;
 }
 
 TokenRules::Entry& TokenRules::entry(int32_t token) {

@@ -19,8 +19,10 @@ struct Penalties {
 
 class TokenRules final : public LogitRules {
  public:
-  // A token of bias given twice gets the sum. end_ids are banned from the first min_tokens tokens.
-  TokenRules(const LogitBias& bias, const Penalties& penalties, const std::vector<int32_t>& prompt, const std::vector<int32_t>& end_ids, int min_tokens);
+  // A token of bias given twice gets the sum. end_ids are banned from the first min_tokens tokens. text: what has been generated behind the
+  // prompt, where the sequence has it in its prompt; min_tokens then counts from its end.
+  TokenRules(const LogitBias& bias, const Penalties& penalties, const std::vector<int32_t>& prompt, const std::vector<int32_t>& end_ids, int min_tokens,
+             const std::vector<int32_t>& text = {});
 
   bool waits(const std::vector<int32_t>&) override { return penalties_.any(); }
   void prepare(const std::vector<int32_t>& generated, int index, LogitChanges* changes) override;

@@ -101,6 +101,18 @@ def test_several_answers(server: TritonServer, client: Client) -> None:
     assert {int(r.as_numpy("sequence_index")[0][0]): r.as_numpy("text_output")[0].decode() for r in results} == {i: PROMPT + alone[i] for i in (0, 1)}
 
 
+def test_direct_generator_with_answers_and_top_tokens(server: TritonServer) -> None:
+    stream = PlainStream(server, "generator", [
+        tensor("input_ids", "INT32", list(range(300, 320))), tensor("max_tokens", "INT32", [8]), tensor("temperature", "FP32", [1.0]),
+        tensor("num_return_sequences", "INT32", [3]), tensor("num_log_probs", "INT32", [2]), tensor("repetition_penalty", "FP32", [1.2])])
+    results = list(stream)
+    stream.close()
+    assert sorted(r.as_numpy("sequence_index")[0][0] for r in results) == [0, 1, 2]
+    for r in results:
+        assert r.as_numpy("output_ids").shape == r.as_numpy("output_log_probs").shape == (1, 8) and r.as_numpy("top_token_ids").shape == (1, 16)
+        assert (np.diff(r.as_numpy("top_log_probs").reshape(8, 2)) <= 0).all()
+
+
 def test_beams(server: TritonServer, client: Client) -> None:
     texts = client.complete_all(PROMPT, n=4, beam_width=6, max_tokens=20, logprobs=True, ignore_eos=True)
     assert len({r.text for r in texts}) == 4 and {r.finish_reason for r in texts} == {"length"}
