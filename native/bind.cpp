@@ -35,6 +35,16 @@ py::array_t<T> to_rows(const std::vector<T>& v, int columns) {
 
 std::vector<std::string> to_strings(const std::vector<py::bytes>& v) { return {v.begin(), v.end()}; }
 
+unsigned to_stop_at(const std::vector<std::string>& names) {
+  unsigned at = 0;
+  for (const std::string& name : names) {
+    const auto found = std::find(std::begin(kStopAtNames), std::end(kStopAtNames), name);
+    if (found == std::end(kStopAtNames)) throw ValueError(cat("stop_at is '", name, "'; expected any of line, block, bracket, suffix, repetition"));
+    at |= 1u << (found - std::begin(kStopAtNames));
+  }
+  return at;
+}
+
 uint64_t random_seed() {
   std::random_device device;
   return uint64_t(device()) << 32 | device();
@@ -65,7 +75,7 @@ py::typing::List<Output> poll(Outbox& box, std::optional<double> timeout_s) {
 py::typing::Dict<py::str, py::object> stats(const Engine& engine) {
   const EngineStats s = engine.stats();
   py::dict finished;
-  for (Finish f : {Finish::eos, Finish::stop, Finish::length, Finish::cancelled, Finish::error})
+  for (Finish f : {Finish::eos, Finish::stop, Finish::length, Finish::time, Finish::cancelled, Finish::error})
     finished[name_of(f)] = s.finished[size_t(f)];
   py::typing::Dict<py::str, py::object> d;
   d["running"] = s.running;
@@ -91,7 +101,8 @@ py::typing::Dict<py::str, py::object> stats(const Engine& engine) {
   return d;
 }
 
-std::unique_ptr<Engine> make_engine(const std::string& weights, const std::vector<py::bytes>& token_bytes, const std::string& device,
+std::unique_ptr<Engine> make_engine(const std::string& weights, const std::vector<py::bytes>& token_bytes, const std::vector<int32_t>& never_text,
+                                    const std::string& device,
                                     const std::string& dtype, int tensor_parallel, int slots, int prefill_tokens, int max_len, int64_t kv_bytes,
                                     int queue, int threads, int depth, const std::string& prefix_cache) {
   if (prefill_tokens < 1 || prefill_tokens > 65536) throw ValueError(cat("prefill_tokens is ", prefill_tokens, "; expected 1..65536"));
@@ -109,7 +120,7 @@ std::unique_ptr<Engine> make_engine(const std::string& weights, const std::vecto
   options.threads = threads;
   TokenBytes table = to_strings(token_bytes);
   py::gil_scoped_release unlocked;
-  return std::make_unique<Engine>(load_runner(options), std::move(table), engine_options);
+  return std::make_unique<Engine>(load_runner(options), std::move(table), never_text, engine_options);
 }
 
 int64_t submit(Engine& engine, std::vector<int32_t> prompt, std::shared_ptr<Outbox> outbox, int max_tokens, float temperature, int top_k,
@@ -117,7 +128,10 @@ int64_t submit(Engine& engine, std::vector<int32_t> prompt, std::shared_ptr<Outb
                float repetition_penalty, float presence_penalty, float frequency_penalty, const std::vector<py::bytes>& bad_words,
                const std::vector<py::bytes>& stop, bool include_stop,
                std::vector<int32_t> eos_ids, int min_tokens, bool stream, bool logprobs, int top_logprobs, const py::bytes& cache_salt, int beam_width, int beam_count,
-               float length_penalty, float beam_diversity_rate, bool early_stopping) {
+               float length_penalty, float beam_diversity_rate, bool early_stopping,
+               const std::vector<std::string>& stop_at, int max_time_ms,
+               const py::bytes& prefix_bytes, bool include_typed, const py::bytes& before, const py::bytes& after, std::vector<int32_t> prefix_ids,
+               std::pair<int, int> truncated_tokens) {
   Request r;
   r.prompt = std::move(prompt);
   r.max_tokens = max_tokens;
@@ -133,6 +147,14 @@ int64_t submit(Engine& engine, std::vector<int32_t> prompt, std::shared_ptr<Outb
   r.stream = stream;
   r.logprobs = logprobs;
   r.cache_salt = cache_salt;
+  r.stop_at = to_stop_at(stop_at);
+  r.max_time_ms = max_time_ms;
+  r.prefix = prefix_bytes;
+  r.include_typed = include_typed;
+  r.before = before;
+  r.after = after;
+  r.prefix_ids = std::move(prefix_ids);
+  r.truncated_tokens = {truncated_tokens.first, truncated_tokens.second};
   r.outbox = std::move(outbox);
   py::gil_scoped_release unlocked;
   return engine.submit(std::move(r));
@@ -165,12 +187,13 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("top_token_ids", [](const Output& o) { return to_rows(o.top.tokens, o.top_per_token); })
       .def_property_readonly("top_logprobs", [](const Output& o) { return to_rows(o.top.logprobs, o.top_per_token); })
       .def_property_readonly("text", [](const Output& o) { return py::bytes(o.text); })
-      .def_property_readonly("text_start", [](const Output&) { return 0; })
+      .def_readonly("text_start", &Output::text_start)
       .def_property_readonly("text_bytes", [](const Output& o) { return o.text.size(); })
       .def_property_readonly("finish_reason", [](const Output& o) { return name_of(o.finish); })
       .def_property_readonly("stop_reason", [](const Output& o) { return py::str(py::bytes(o.stop).attr("decode")("utf-8", "replace")); })
       .def_readonly("error", &Output::error)
       .def_readonly("num_input_tokens", &Output::input_tokens)
+      .def_property_readonly("num_truncated_tokens", [](const Output& o) { return std::make_pair(o.truncated_tokens[0], o.truncated_tokens[1]); })
       .def_readonly("num_output_tokens", &Output::output_tokens)
       .def_readonly("num_cached_tokens", &Output::cached_tokens)
       .def_readonly("cum_logprob", &Output::cum_logprob)
@@ -189,7 +212,8 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("closed", &Outbox::closed);
 
   py::class_<Engine>(m, "Engine", "The engine on token ids and bytes; codefuse_triton.Engine wraps it.")
-      .def(py::init(&make_engine), py::arg("weights"), py::arg("token_bytes"), py::kw_only(), py::arg("device") = "auto",
+      .def(py::init(&make_engine), py::arg("weights"), py::arg("token_bytes"), py::kw_only(), py::arg("never_text") = std::vector<int32_t>(),
+           py::arg("device") = "auto",
            py::arg("dtype") = "auto", py::arg("tensor_parallel") = 1, py::arg("slots") = 16, py::arg("prefill_tokens") = 512,
            py::arg("max_len") = 0, py::arg("kv_bytes") = 0, py::arg("queue") = 256, py::arg("threads") = 0, py::arg("depth") = 0,
            py::arg("prefix_cache") = "on")
@@ -201,6 +225,9 @@ PYBIND11_MODULE(_native, m) {
            py::arg("top_logprobs") = 0, py::arg("cache_salt") = py::bytes(),
            py::arg("beam_width") = 1, py::arg("beam_count") = 1, py::arg("length_penalty") = 1.0, py::arg("beam_diversity_rate") = 0.0,
            py::arg("early_stopping") = false,
+           py::arg("stop_at") = std::vector<std::string>(), py::arg("max_time_ms") = 0, py::arg("prefix_bytes") = py::bytes(),
+           py::arg("include_typed") = false, py::arg("before") = py::bytes(), py::arg("after") = py::bytes(), py::arg("prefix_ids") = std::vector<int32_t>(),
+           py::arg("truncated_tokens") = std::pair<int, int>(0, 0),
            "Uid of the new request, the first of beam_count; its chunks go to outbox.")
       .def("cancel", &Engine::cancel, py::arg("uid"), py::call_guard<py::gil_scoped_release>(),
            "False when the request is unknown or has ended.")

@@ -12,8 +12,10 @@
 #include <set>
 #include <thread>
 
+#include "engine/bad_words.h"
 #include "engine/beam_search.h"
 #include "engine/engine.h"
+#include "engine/prefix_constraint.h"
 
 namespace py = pybind11;
 using namespace codefuse;
@@ -212,6 +214,26 @@ class ScriptedRule final : public LogitRules {
   const int waiting_, vocab_;
 };
 
+// A vocabulary and bytes to be spelled with it.
+struct Spelling {
+  Spelling(TokenBytes tokens, const std::vector<int32_t>& never, int vocab, std::string bytes)
+      : table(std::move(tokens)), trie(&table, tokens_by_bytes(table, vocab), never), constraint(&trie, std::move(bytes)), words(size_t(vocab + 31) / 32) {}
+  Spelling(const Spelling&) = delete;
+  std::vector<int32_t> allowed() const {
+    std::vector<uint32_t> mask(words, 0);
+    constraint.allow(mask.data());
+    std::vector<int32_t> ids;
+    for (size_t t = 0; t < words * 32; ++t)
+      if (mask[t / 32] >> (t % 32) & 1) ids.push_back(int32_t(t));
+    return ids;
+  }
+
+  TokenBytes table;
+  TokenTrie trie;
+  PrefixConstraint constraint;
+  size_t words;
+};
+
 Limits limits_of(int slots, int rows, int max_len, int pages) {
   Limits l;
   l.slots = slots;
@@ -228,14 +250,14 @@ void bind_testing_engine(py::module_& module) {
 
   m.def("fake_engine", [](int slots, int prefill_tokens, int max_len, int pages, int queue, int vocab, TokenBytes token_bytes,
                           const std::string& device, int depth, int fail_launch, int fail_collect, int64_t step_us, int64_t launch_us, bool rows_alike,
-                          const std::string& prefix_cache) {
+                          const std::string& prefix_cache, const std::vector<int32_t>& never_text) {
     auto runner = std::make_unique<FakeRunner>(limits_of(slots, prefill_tokens + slots, max_len, pages), vocab, device,
                                                FakeOptions{fail_launch, fail_collect, step_us, launch_us, rows_alike});
-    return std::make_unique<Engine>(std::move(runner), std::move(token_bytes), EngineOptions{prefill_tokens, queue, depth, prefix_cache});
+    return std::make_unique<Engine>(std::move(runner), std::move(token_bytes), never_text, EngineOptions{prefill_tokens, queue, depth, prefix_cache});
   }, py::kw_only(), py::arg("slots") = 4, py::arg("prefill_tokens") = 16, py::arg("max_len") = 256, py::arg("pages") = 32, py::arg("queue") = 16,
      py::arg("vocab") = 64, py::arg("token_bytes") = TokenBytes(), py::arg("device") = "fake", py::arg("depth") = 0,
      py::arg("fail_launch") = -1, py::arg("fail_collect") = -1, py::arg("step_us") = 0, py::arg("launch_us") = 0, py::arg("rows_alike") = false,
-     py::arg("prefix_cache") = "on");
+     py::arg("prefix_cache") = "on", py::arg("never_text") = std::vector<int32_t>());
 
   m.def("bubbles", [](const Engine& e) { return dynamic_cast<const FakeRunner&>(e.runner()).bubbles(); });
 
@@ -336,7 +358,7 @@ void bind_testing_engine(py::module_& module) {
         static std::deque<TokenBytes> tables;  // which texts refer to
         tables.push_back(token_bytes);
         return std::make_unique<BeamSearch>(BeamOptions{width, width, length_penalty, diversity_rate, early_stopping}, max_tokens, std::move(end_ids),
-                                            TextCut(&tables.back(), std::move(stops), false, 0));
+                                            TextCut(&tables.back(), {std::move(stops)}));
       }), py::kw_only(), py::arg("width"), py::arg("length_penalty") = 1.f, py::arg("diversity_rate") = 0.f, py::arg("early_stopping") = false,
            py::arg("max_tokens"), py::arg("end_ids") = std::vector<int32_t>(), py::arg("token_bytes") = TokenBytes(),
            py::arg("stops") = std::vector<std::string>())
@@ -357,9 +379,19 @@ void bind_testing_engine(py::module_& module) {
         return out;
       });
 
+  py::class_<Spelling>(m, "Spelling")
+      .def(py::init<TokenBytes, const std::vector<int32_t>&, int, std::string>(), py::arg("tokens"), py::arg("never"), py::arg("vocab"),
+           py::arg("bytes"))
+      .def_property_readonly("possible", [](const Spelling& s) { return s.constraint.possible(); })
+      .def_property_readonly("done", [](const Spelling& s) { return s.constraint.done(); })
+      .def_property_readonly("left", [](const Spelling& s) { return s.constraint.left(); })
+      .def("next", [](Spelling& s, int32_t token) { s.constraint.next(token); })
+      .def("allowed", &Spelling::allowed);
+
   // Pieces of the text of tokens 0, 1, ..: [(ids, text)] as released after each token and at the end; the stop string found.
-  m.def("cut_text", [](const TokenBytes& tokens, std::vector<std::string> stops, bool include_stop, int min_tokens) {
-    TextCut cut(&tokens, std::move(stops), include_stop, min_tokens);
+  m.def("cut_text", [](const TokenBytes& tokens, std::vector<std::string> stops, bool include_stop, int min_tokens, unsigned stop_at,
+                       std::string before, std::string after, size_t typed, bool include_typed) {
+    TextCut cut(&tokens, {std::move(stops), include_stop, min_tokens, stop_at, std::move(before), std::move(after)}, typed, include_typed);
     py::list pieces;
     bool ended = false;
     for (size_t i = 0; i <= tokens.size(); ++i) {
@@ -367,9 +399,11 @@ void bind_testing_engine(py::module_& module) {
       const bool last = ended || i == tokens.size();
       Piece piece;
       cut.release(last, &piece);
-      if (last || !piece.tokens.empty()) pieces.append(py::make_tuple(piece.tokens, py::bytes(piece.text)));
+      if (last || !piece.tokens.empty()) pieces.append(py::make_tuple(piece.tokens, py::bytes(piece.text), piece.skipped));
       if (last) break;
     }
-    return py::make_tuple(pieces, py::bytes(cut.matched()));
-  }, py::arg("tokens"), py::arg("stops") = std::vector<std::string>(), py::arg("include_stop") = false, py::arg("min_tokens") = 0);
+    return py::make_tuple(pieces, py::bytes(cut.matched()), cut.pushed());
+  }, py::arg("tokens"), py::arg("stops") = std::vector<std::string>(), py::arg("include_stop") = false, py::arg("min_tokens") = 0,
+     py::arg("stop_at") = 0, py::arg("before") = std::string(), py::arg("after") = std::string(), py::arg("typed") = 0,
+     py::arg("include_typed") = false);
 }

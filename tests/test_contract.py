@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from codefuse_triton import contract
-from codefuse_triton.request import parse, parse_settings
+from codefuse_triton.prompt import Prompt
+from codefuse_triton.request import parse, parse_settings, parse_text
 
 ROOT = Path(__file__).resolve().parents[1]
 IDS = {"input_ids": np.array([[5, 6]], np.int32)}
@@ -72,7 +73,7 @@ def test_submit_keywords_are_the_engines() -> None:
 def test_defaults() -> None:
     assert submit() == dict(max_tokens=128, min_tokens=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=None, stop=(), logit_bias={},
                             repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, bad_words=(),
-                            include_stop=False, ignore_eos=False, stream=False, logprobs=False, top_logprobs=0, cache_salt="", beam_width=1,
+                            include_stop=False, stop_at=(), ignore_eos=False, max_time_ms=0, include_typed=False, stream=False, logprobs=False, top_logprobs=0, cache_salt="", beam_width=1,
                             length_penalty=1.0, beam_diversity_rate=0.0, early_stopping=False)
 
 
@@ -159,6 +160,10 @@ def test_biases() -> None:
     (dict(temperature=True), "parameter temperature is True; expected a number"),
     (dict(max_tokens=1.5), "parameter max_tokens is 1.5; expected an integer"),
     (dict(max_tokens="1e3"), "parameter max_tokens is '1e3'; expected an integer"),
+    (dict(stop_at=["line", "word"]), "parameter stop_at is 'word'; it must be one of line, block, bracket, suffix, repetition"),
+    (dict(fim_mode="mps"), "parameter fim_mode is 'mps'; it must be one of psm, spm"),
+    (dict(max_time_ms=-1), "parameter max_time_ms is -1; it must be between 0 and"),
+    (dict(fim_template=[1]), "fim_template is a tensor"),
     (dict(stream="yes"), "parameter stream is 'yes'; expected true or false"),
     (dict(seed=2**64), "it must be between 0 and 18446744073709551615"),
     (dict(input_ids=3), "input_ids is a tensor"),
@@ -183,6 +188,28 @@ def test_echo_and_heartbeat() -> None:
     assert parse(tensors, {}, exclude_input=False).echo == b"abc"
     assert parse(tensors, {"exclude_input_in_output": False}).echo == b"abc"
     assert parse(tensors, {"exclude_input_in_output": True}, exclude_input=False).echo == b""
+
+
+def test_text_options() -> None:
+    assert parse_text({}, {}) == dict(token_healing=True, suffix="", fim_mode="")
+    tensors = {"suffix": np.array([["é".encode()]], object), "token_healing": np.array([[False]])}
+    assert parse_text(tensors, {"fim_mode": "spm", "max_tokens": 3}) == dict(token_healing=False, suffix="é", fim_mode="spm")
+    with pytest.raises(ValueError, match="token_healing is 'maybe'; expected true or false"):
+        parse_text({}, {"token_healing": "maybe"})
+
+
+def test_prompt_of_the_tokenizer_and_of_a_direct_client() -> None:
+    """What the tokenizer has done is not done again; beside a client's own ids a suffix is the engine's to add."""
+    tensors = {**IDS, "prefix_bytes": np.array([[b"ab\xc3"]], object), "prefix_ids": np.array([[4]], np.int32),
+               "suffix_ids": np.array([[7]], np.int32), "fim_template": np.array([[1, -1, 2, -2, 3]], np.int32),
+               "fim_end_ids": np.zeros((1, 0), np.int32), "suffix": np.array([[b"text"]], object)}
+    request = parse(tensors, {"include_typed": True})
+    assert request.prompt == Prompt([5, 6], b"ab\xc3", [4], [7], [1, -1, 2, -2, 3], [])
+    assert "suffix" not in request.submit and request.submit["include_typed"]
+    direct = parse({**IDS, "suffix": tensors["suffix"]}, {})
+    assert direct.prompt == Prompt([5, 6], b"", [], [], [], []) and direct.submit["suffix"] == "text" and "fim_mode" not in direct.submit
+    echoed = parse({**tensors, "prompt_text": np.array([[b"x"]], object)}, {"include_typed": True}, exclude_input=False)
+    assert not echoed.submit["include_typed"]
 
 
 def test_settings() -> None:

@@ -4,7 +4,12 @@ import random
 import pytest
 from codefuse_triton import _native
 
-cut_text = _native.testing.cut_text
+
+
+def cut_text(*args, **options):
+    """[(ids, text)] of the pieces; the stop string found."""
+    pieces, matched, _ = _native.testing.cut_text(*args, **options)
+    return [(ids, text) for ids, text, _ in pieces], matched
 
 
 def plain_end(text: bytes, stops: list[bytes], min_bytes: int = 0):
@@ -157,3 +162,41 @@ def test_only_what_could_become_a_stop_is_held():
     assert held_back([b"a", b"b"], [b"abc", b"x"]) == b"ab"
     pieces, _ = cut_text([b"x", b"y"], [b"x"], False, 1)
     assert pieces == [([0], b"x"), ([1], b"y"), ([], b"")]
+
+
+# ---- typed bytes at the beginning -------------------------------------------------------------------------------------
+
+
+def test_typed_bytes_are_no_text():
+    pieces, matched, counted = _native.testing.cut_text([b"re", b"t", b"urn x", b"\n"], [], typed=4)
+    assert pieces == [([2], b"rn x", 1), ([3], b"\n", 0), ([], b"", 0)] and counted == 2 and matched == b""
+    pieces, _, counted = _native.testing.cut_text([b"re", b"t", b"urn x"], [], typed=4, include_typed=True)
+    assert pieces == [([0], b"re", 0), ([1], b"t", 0), ([2], b"urn x", 0), ([], b"", 0)] and counted == 1
+    assert _native.testing.cut_text([b"ab"], [], typed=2) == ([([], b"", 0)], b"", 0)
+
+
+def test_stops_are_looked_for_behind_what_was_typed():
+    assert _native.testing.cut_text([b"(", b")x"], [b"()", b"("], typed=1) == ([([1], b")x", 0), ([], b"", 0)], b"", 1)
+    assert _native.testing.cut_text([b"a\n\n"], [b"\n"], typed=2) == ([([], b"", 0)], b"\n", 1)
+    assert _native.testing.cut_text([b"a\nb", b"c"], [b"c"], typed=2) == ([([0], b"b", 2), ([], b"", 0)], b"c", 2)
+
+
+def test_random_typed_bytes():
+    rng = random.Random(11)
+    for _ in range(5000):
+        text = b"".join(rng.choices([b"a", b"b", b"\n", "é".encode(), "€".encode()], k=rng.randint(1, 20)))
+        cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randint(0, 8)))
+        tokens = [t for t in (text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])) if t]
+        typed = len(text.decode()[: rng.randint(0, len(text.decode()))].encode())
+        stops = [text[i:i + 2] for i in rng.choices(range(len(text)), k=2)]
+        found = plain_end(text[typed:], stops)
+        end = len(text) if found is None else typed + found[0]
+        for include in (False, True):
+            pieces, matched, counted = _native.testing.cut_text(tokens, stops, typed=typed, include_typed=include)
+            assert b"".join(p[1] for p in pieces) == text[0 if include else typed:end]
+            for ids, piece, skipped in pieces:
+                joined = b"".join(tokens[i] for i in ids)
+                assert joined[skipped:].startswith(piece) and (skipped == 0 or ids is pieces[0][0] or ids == next(p[0] for p in pieces if p[0]))
+            ends = [len(b"".join(tokens[:i + 1])) for i in range(len(tokens))]
+            last = len(text) if found is None else typed + found[1]
+            assert counted == sum(typed < e and e - len(t) < last for e, t in zip(ends, tokens))

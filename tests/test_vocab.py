@@ -20,9 +20,9 @@ CODE = [
 TEXTS = ["", " ", "\n\n\t x", "def f(x):\n    return x + 1\n", "héllo wörld", "排序 算法", "😀👩‍👩‍👧 ok", "a  b   c    d", "\r\n", "▁ and ▁▁x", "<0x41>", "\x00\x7f\x80"]
 
 
-def byte_level(path, special=("<|endoftext|>",), extra=(), add_prefix_space=False):
+def byte_level(path, special=("<|endoftext|>",), extra=(), add_prefix_space=False, pre_tokenizer=None):
     t = tokenizers.Tokenizer(models.BPE())
-    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    t.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     t.decoder = decoders.ByteLevel()
     t.train_from_iterator(CODE, trainers.BpeTrainer(vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=list(special), show_progress=False))
     t.add_tokens([tokenizers.AddedToken(e, normalized=False) for e in extra])

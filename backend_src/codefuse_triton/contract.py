@@ -28,6 +28,7 @@ class Option:
     high: float | None = None  # of a STRING: bytes
     alias: str = ""  # a second tensor and parameter name
     json: str = ""  # its name in sampling_parameters where that is another one
+    choices: tuple[str, ...] = ()  # of a STRING
     neutral: tuple = ()  # the only values accepted until the engine implements it; () and "" always are
     submit: str = ""  # the Engine.submit keyword
 
@@ -108,10 +109,24 @@ OPTIONS = (
            json="stop", submit="stop"),
     Option("include_stop", "BOOL", "leave the stop string in the text", default=False,
            json="include_stop_str_in_output", submit="include_stop"),
+    Option("stop_at", "STRING", "further ends of the text, where code is complete: line (before the next line end), block (behind the indented "
+           "block that the cursor is in or opens), bracket (before the one that closes what is open at the cursor), suffix (before the text "
+           "repeats what stands behind the cursor), repetition (when nothing else comes any more)", dims=-1, default=(),
+           choices=("line", "block", "bracket", "suffix", "repetition"), submit="stop_at"),
     Option("end_id", "INT32", "the end token, in place of the model's; -1: the model's", default=-1, low=-1,
            high=INT32_MAX),
     Option("stop_token_ids", "INT32", "further end tokens", dims=-1, default=(), low=0, high=INT32_MAX),
     Option("ignore_eos", "BOOL", "go on after an end token", default=False, submit="ignore_eos"),
+    Option("max_time_ms", "INT32", "the text ends so long after the request came, with finish_reason time; 0: no limit", default=0, low=0,
+           high=INT32_MAX, submit="max_time_ms"),
+    Option("token_healing", "BOOL", "the prompt may end anywhere: the text continues its last byte, however tokens divide it; false: its last token",
+           default=True),
+    Option("include_typed", "BOOL", "text_output begins with the end of the prompt that was spelled again to continue it", default=False,
+           submit="include_typed"),
+    Option("suffix", "STRING", "the text behind the cursor: the model fills in between; what does not fit is cut off text_input's beginning and suffix's end",
+           default=""),
+    Option("fim_mode", "STRING", "with suffix, the order that the model reads: psm (prefix, suffix) or spm; empty: psm", default="",
+           choices=("", "psm", "spm")),
     Option("stream", "BOOL", "send text as it comes; else one response", default=False, submit="stream"),
     Option("exclude_input_in_output", "BOOL", "leave the prompt out of text_output; the default is a model setting"),
     Option("return_log_probs", "BOOL", "report the new tokens and their log-probabilities; true with num_log_probs", default=False, json="logprobs",
@@ -119,12 +134,10 @@ OPTIONS = (
     Option("num_log_probs", "INT32", "how many of the most likely tokens to report in the place of each new one", default=0, low=0,
            high=20, json="top_logprobs", submit="top_logprobs"),
     Option("pad_id", "INT32", "accepted; nothing is padded"),
-    Option("suffix", "STRING", "only empty", neutral=("",)),
     Option("session", "STRING", "only empty", neutral=("",)),
     Option("cache_salt", "STRING", "requests of different salts reuse nothing of each other's prompts", default="", high=256,
            submit="cache_salt"),
     Option("prediction", "STRING", "only empty", neutral=("",)),
-    Option("token_healing", "BOOL", "only false", neutral=(False,)),
 )
 OPTION_BY_NAME = {name: o for o in OPTIONS for name in (o.name, o.alias) if name}
 OPTION_BY_JSON = {name: o for o in OPTIONS for name in (o.json or o.name, o.alias) if name}
@@ -139,9 +152,11 @@ JSON_IGNORED = {
 
 _OPTION_TENSORS = tuple(Tensor(name, o.type, o.dims, o.doc if name == o.name else f"the same as {o.name}")
                         for o in OPTIONS for name in (o.name, o.alias) if name) + (SAMPLING_PARAMETERS,)
+_TEXT_OPTIONS = tuple(t for t in _OPTION_TENSORS if t.name in ("token_healing", "suffix", "fim_mode", SAMPLING_PARAMETERS.name))
 COUNTS = (
     Tensor("num_input_tokens", "INT32", 1, "tokens of the prompt"),
-    Tensor("num_output_tokens", "INT32", 1, "tokens generated so far"),
+    Tensor("num_truncated_tokens", "INT32", 2, "with suffix: tokens that text_input and suffix lost to fit"),
+    Tensor("num_output_tokens", "INT32", 1, "tokens of new text so far"),
     Tensor("num_cached_tokens", "INT32", 1, "tokens of the prompt that were not computed again"),
     Tensor("cum_log_probs", "FP32", 1, "sum of the log-probabilities so far (return_log_probs)"),
     Tensor("output_log_probs", "FP32", -1, "log-probability of each new token (return_log_probs)"),
@@ -149,8 +164,8 @@ COUNTS = (
     Tensor("top_log_probs", "FP32", -1, "their log-probabilities"),
 )
 ENDING = (
-    Tensor("finish_reason", "STRING", 1, "last response of an answer: eos, stop, length, cancelled or error"),
-    Tensor("stop_reason", "STRING", 1, "last response: the stop string that ended the text"),
+    Tensor("finish_reason", "STRING", 1, "last response of an answer: eos, stop, length, time, cancelled or error"),
+    Tensor("stop_reason", "STRING", 1, "last response: the stop string that ended the text, or stop_at: and the name of what did"),
     Tensor("timings", "FP32", 3, "last response: seconds queued, in the prompt, generating"),
 )
 TOKENS = (
@@ -162,6 +177,14 @@ _SEQUENCE_INDEX = Tensor("sequence_index", "INT32", 1, "which of the num_return_
 INPUT_IDS = Tensor("input_ids", "INT32", -1, "the prompt's tokens")
 HEARTBEAT = Tensor("heartbeat", "BOOL", 1, "send an empty chunk (chunk_index -1) now and then while there is no text: "
                    "the detokenizer sees a client that has gone only when a chunk passes")
+# what the tokenizer makes of the text options; the last two are empty without a suffix
+PROMPT = (
+    Tensor("prefix_bytes", "STRING", 1, "the end of the prompt in bytes, behind input_ids: the text continues them"),
+    Tensor("prefix_ids", "INT32", -1, "the tokens of prefix_bytes as the prompt's last ones, counted as such; may be missing"),
+    Tensor("suffix_ids", "INT32", -1, "tokens behind the cursor"),
+    Tensor("fim_template", "INT32", -1, "of fill in the middle: tokens, -1 for input_ids, -2 for suffix_ids"),
+    Tensor("fim_end_ids", "INT32", -1, "tokens that end the middle"),
+)
 _CHUNK = (
     Tensor("output_ids", "INT32", -1, "new tokens"),
     Tensor("uid", "INT64", 1, "the engine's name of the request, for stop_uid"),
@@ -178,13 +201,13 @@ _TOKENIZER_DIR = Setting("tokenizer_dir", "../generator/1",
                          "directory of the tokenizer files, absolute or relative to this model's directory")
 
 MODELS = (
-    Model(TOKENIZER, "Prompt text to token ids. Refuses a request without text_input.", (TEXT_INPUT,),
-          (INPUT_IDS, HEARTBEAT), decoupled=False, max_batch_size=0, settings=(
+    Model(TOKENIZER, "Prompt text to token ids. Refuses a request without text_input.", (TEXT_INPUT,) + _TEXT_OPTIONS,
+          (INPUT_IDS,) + PROMPT + (HEARTBEAT,), decoupled=False, max_batch_size=0, settings=(
               _TOKENIZER_DIR,
-              Setting("max_input_bytes", "4194304", "longest text_input", int, 1, 2**30))),
+              Setting("max_input_bytes", "4194304", "longest text_input, and suffix", int, 1, 2**30))),
     Model(GENERATOR, "Token ids to token chunks: submits to the engine and returns at once; one thread sends.",
           (INPUT_IDS,) + _OPTION_TENSORS + (
-              Tensor("prompt_text", "STRING", 1, "the prompt as text, to be echoed"), HEARTBEAT,
+              *PROMPT, Tensor("prompt_text", "STRING", 1, "the prompt as text, to be echoed"), HEARTBEAT,
               Tensor("stop_uid", "INT64", 1, "cancel this uid; given alone, answered by the final flag only")),
           _CHUNK, settings=(
               Setting("weights", "", "weights directory (tools/convert.py writes one); empty: this model's version directory"),
@@ -232,11 +255,11 @@ def _step(name: str, inputs: dict[str, str], outputs: dict[str, str]) -> list[st
 
 def _ensemble_steps() -> list[str]:
     """A value is a name of the ensemble's; names with a dot are its inner tensors."""
-    ids, beat = INPUT_IDS.name, HEARTBEAT.name
-    generator_inputs = {ids: f"tokenizer.{ids}", beat: f"tokenizer.{beat}", "prompt_text": TEXT_INPUT.name}
+    made = {t.name: f"tokenizer.{t.name}" for t in MODEL[TOKENIZER].outputs}
+    generator_inputs = {**made, "prompt_text": TEXT_INPUT.name}
     generator_inputs.update({t.name: t.name for t in _OPTION_TENSORS})
     chunk = {t.name: f"generator.{t.name}" for t in _CHUNK}
-    steps = [_step(TOKENIZER, {TEXT_INPUT.name: TEXT_INPUT.name}, {ids: f"tokenizer.{ids}", beat: f"tokenizer.{beat}"}),
+    steps = [_step(TOKENIZER, {t.name: t.name for t in MODEL[TOKENIZER].inputs}, made),
              _step(GENERATOR, generator_inputs, chunk),
              _step(DETOKENIZER, chunk, {t.name: t.name for t in MODEL[DETOKENIZER].outputs})]
     body = [line + ("," if i + 1 < len(steps) and line == "    }" else "") for i, s in enumerate(steps) for line in s]

@@ -7,7 +7,7 @@ import os
 import secrets
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,11 +15,13 @@ import numpy.typing as npt
 
 from . import _native
 from ._native import Chunk, DeviceError, Outbox
+from .prompt import Prompt, assemble, fim_template, make_prompt
 from .vocab import Vocab, read_json
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _Scored = TypeVar("_Scored", Chunk, "Result")
-Prompt = str | bytes | Sequence[int] | npt.NDArray[np.integer[Any]]
+AnyPrompt = str | bytes | Sequence[int] | npt.NDArray[np.integer[Any]] | Prompt
+_BEFORE_BYTES = 1 << 16  # of the text in front of the cursor that stop_at looks at
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,10 @@ class Result:
     top_token_ids: npt.NDArray[np.int32]  # [len(token_ids), top_logprobs] likeliest first, empty unless asked for
     top_logprobs: npt.NDArray[np.float32]  # and their log-probabilities
     cum_logprob: float
-    finish_reason: str  # eos | stop | length | cancelled
-    stop_reason: str
+    finish_reason: str  # eos | stop | length | time | cancelled
+    stop_reason: str  # the stop string, or "stop_at:" and the name of what ended the text
     num_input_tokens: int
+    num_truncated_tokens: tuple[int, int]  # fill in the middle: those that the prompt and the suffix lost to fit
     num_output_tokens: int
     num_cached_tokens: int
     queue_s: float
@@ -119,9 +122,8 @@ class Engine:
             raise _native.LoadError(f"{directory}: the tokenizer has token {longest}, but the model's vocab is {config['vocab']}; expected the model's own tokenizer")
         if kv_memory_mb < 0:
             raise ValueError(f"kv_memory_mb is {kv_memory_mb}; expected 0 (a default) or more")
-        native = _native.Engine(directory, vocab.token_bytes, device=device, dtype=dtype, tensor_parallel=tensor_parallel, slots=slots,
-                                prefill_tokens=prefill_tokens, max_len=max_len, kv_bytes=kv_memory_mb << 20, queue=queue, threads=threads,
-                                prefix_cache=prefix_cache)
+        native = _native.Engine(directory, vocab.token_bytes, never_text=sorted(vocab.never_text), device=device, dtype=dtype,
+                                tensor_parallel=tensor_parallel, slots=slots, prefill_tokens=prefill_tokens, max_len=max_len, kv_bytes=kv_memory_mb << 20, queue=queue, threads=threads, prefix_cache=prefix_cache)
         self._set(native, vocab, config)
 
     @classmethod
@@ -140,11 +142,25 @@ class Engine:
         self.max_len: int = native.max_len
         self.weight_bytes: int = native.weight_bytes
         self._eos_ids: list[int] = list(native.eos_ids)
+        stats = native.stats()
+        self._room = min(native.max_len, stats["pages"] * stats["page_tokens"])  # tokens of one request
         _open.add(self)
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def _prompt(self, prompt: AnyPrompt, token_healing: bool, prefix_bytes: bytes, suffix: str | bytes | Sequence[int], fim_mode: str) -> Prompt:
         if isinstance(prompt, (str, bytes)):
-            return self.vocab.encode(prompt)
+            if prefix_bytes:
+                raise ValueError("prefix_bytes is given beside a prompt that is text; expected token ids")
+            return make_prompt(self.vocab, prompt, token_healing=token_healing, suffix=suffix, fim_mode=fim_mode)
+        if isinstance(prompt, Prompt):
+            prompt, prefix_bytes = prompt.ids, prompt.typed
+        ids = self._ids(prompt)
+        if not len(suffix):
+            return Prompt(ids, prefix_bytes)
+        template, ends = fim_template(self.vocab, fim_mode)
+        behind = self.vocab.encode_inner(suffix) if isinstance(suffix, (str, bytes)) else self._ids(suffix)
+        return Prompt(ids, prefix_bytes, (), behind, template, ends)
+
+    def _ids(self, prompt: Sequence[int] | npt.NDArray[np.integer[Any]]) -> list[int]:
         ids = np.asarray(prompt)
         if ids.size == 0:
             return []
@@ -154,50 +170,66 @@ class Engine:
             raise ValueError(f"prompt has token {int(ids.max()) if ids.min() >= 0 else int(ids.min())}; expected 0..{self._native.vocab - 1}")
         return ids.tolist()  # type: ignore[no-any-return]
 
-    def submit(self, prompt: Prompt, *, outbox: Outbox, max_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
+    def submit(self, prompt: AnyPrompt, *, outbox: Outbox, max_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
                min_p: float = 0.0, seed: int | None = None, logit_bias: Mapping[int | str, float] | None = None,
                repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
                bad_words: Sequence[str | bytes] = (), stop: Sequence[str | bytes] = (), include_stop: bool = False,
-               eos_ids: Sequence[int] | None = None, ignore_eos: bool = False, min_tokens: int = 0, stream: bool = True,
-               logprobs: bool = False, top_logprobs: int = 0, cache_salt: str | bytes = b"", beam_width: int = 1, beam_count: int = 1,
+               stop_at: Sequence[str] | str = (), eos_ids: Sequence[int] | None = None, ignore_eos: bool = False, min_tokens: int = 0,
+               max_time_ms: int = 0, token_healing: bool = True, include_typed: bool = False, prefix_bytes: bytes = b"",
+               suffix: str | bytes | Sequence[int] = "", fim_mode: str = "", stream: bool = True, logprobs: bool = False, top_logprobs: int = 0,
+               cache_salt: str | bytes = b"", beam_width: int = 1, beam_count: int = 1,
                length_penalty: float = 1.0, beam_diversity_rate: float = 0.0, early_stopping: bool = False) -> int:
         """Starts a completion whose chunks go to `outbox`; returns its uid, a positive number never used again.
 
-        prompt: text, UTF-8 bytes or token ids. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. seed None draws
+        prompt: text, UTF-8 bytes or token ids. A text may end anywhere: the completion continues its last byte, whatever its tokens
+        (token_healing=False: it continues its last token). include_typed: the output begins with the typed bytes that it had to
+        spell again. prefix_bytes: such bytes behind token ids. suffix: the text behind the cursor; the model fills in the middle.
+        fim_mode: "psm" or "spm", the order of the two; "": psm. What does not fit is cut off the beginning of the prompt and the
+        end of the suffix. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off. seed None draws
         one. logit_bias: what is added to the logit of a token, by id, or by text for every token of its encoding; -inf bans it.
         repetition_penalty divides the logits of tokens of prompt and output where they are positive and multiplies them where
         they are negative (as transformers does); presence_penalty is subtracted from the logits of tokens of the output,
         frequency_penalty as often as they occur in it (as OpenAI defines them); all before temperature, logit_bias after
         repetition_penalty. bad_words: no token is chosen that would complete one of these in the text, wherever tokens begin and
         end, also together with the end of the prompt; one that names a special token bans that token. stop: the output ends
-        before the first of these to end in it (after it with include_stop). min_tokens: no end token is sampled before, stop
-        strings do not end the output.
+        before the first of these to end in it (after it with include_stop). stop_at: further ends, any of "line", "block",
+        "bracket", "suffix", "repetition". min_tokens: no end token is sampled before, stop strings do not end the output.
+        max_time_ms: the output ends so long after submit, with finish_reason "time"; 0: no limit.
         stream=False delivers one chunk with everything. logprobs: of each token under the model itself: before temperature, biases,
         penalties and bans. top_logprobs: how many of the most likely tokens to report with each token, at most 20.
         cache_salt: only requests of the same one reuse each other's computed prompts. beam_width > 1: beam search as transformers does
         it, with length_penalty and early_stopping; beam_diversity_rate times a token's rank among those of its beam is added to its score
         when beams are chosen. The beam_count best texts come at the end, best first, each as one chunk under uids that follow the
-        returned one; logprobs then include what biases and penalties add; not with temperature or top_logprobs.
+        returned one; logprobs then include what biases and penalties add; not with temperature, top_logprobs or max_time_ms,
+        and without token healing.
 
         ValueError names field, value and limit; QueueFull; DeviceError once the device has failed.
         """
         if seed is not None and not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}; expected 0..{2**64 - 1}")
         for name, value in (("max_tokens", max_tokens), ("min_tokens", min_tokens), ("top_k", top_k), ("top_logprobs", top_logprobs), ("beam_width", beam_width),
-                            ("beam_count", beam_count)):
+                            ("beam_count", beam_count), ("max_time_ms", max_time_ms)):
             if abs(value) >= 2**31:
                 raise ValueError(f"{name} is {value}; expected less than {2**31}")
         bias = self._bias(logit_bias or {})
         words = _as_bytes("bad_words", bad_words)
         bans = [id for word in words if (id := self.vocab.special_id(word.decode("utf-8", "replace"))) is not None]
-        eos = [] if ignore_eos else self._eos_ids if eos_ids is None else list(eos_ids)
-        return self._native.submit(self._ids(prompt), outbox, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        places = (stop_at,) if isinstance(stop_at, str) else tuple(stop_at)
+        p = prompt if isinstance(prompt, Prompt) and not len(suffix) else self._prompt(prompt, token_healing, bytes(prefix_bytes), suffix, fim_mode)
+        if beam_width > 1 and p.typed_ids:
+            p = replace(p, ids=[*p.ids, *p.typed_ids], typed=b"", typed_ids=())
+        ids, lost_prefix, lost_suffix = assemble(p, self._room - max_tokens - len(p.template) + 2 - max(len(p.typed_ids), len(p.typed)))
+        eos = [] if ignore_eos else [*(self._eos_ids if eos_ids is None else eos_ids), *p.end_ids]
+        before, after = (self.vocab.decode(p.ids[-_BEFORE_BYTES:]) + p.typed, self.vocab.decode(p.suffix)) if places else (b"", b"")
+        return self._native.submit(ids, outbox, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                                    min_p=min_p, seed=seed, logit_bias=bias + [(id, -math.inf) for id in bans], repetition_penalty=repetition_penalty,
                                    presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, bad_words=words,
                                    stop=_as_bytes("stop", stop), include_stop=include_stop, eos_ids=eos, min_tokens=min_tokens,
                                    stream=stream, logprobs=logprobs, top_logprobs=top_logprobs, cache_salt=_key_bytes("cache_salt", cache_salt),
                                    beam_width=beam_width, beam_count=beam_count, length_penalty=length_penalty, beam_diversity_rate=beam_diversity_rate,
-                                   early_stopping=early_stopping)
+                                   early_stopping=early_stopping, stop_at=places, max_time_ms=max_time_ms, prefix_bytes=p.typed, prefix_ids=p.typed_ids,
+                                   include_typed=include_typed, before=before[-_BEFORE_BYTES:], after=after,
+                                   truncated_tokens=(lost_prefix, lost_suffix))
 
     def _bias(self, given: Mapping[int | str, float]) -> list[tuple[int, float]]:
         bias: list[tuple[int, float]] = []
@@ -210,7 +242,7 @@ class Engine:
             bias += [(id, value) for id in ids]
         return bias
 
-    def submit_many(self, prompt: Prompt, count: int, *, outbox: Outbox, seed: int | None = None, **options: Any) -> list[int]:
+    def submit_many(self, prompt: AnyPrompt, count: int, *, outbox: Outbox, seed: int | None = None, **options: Any) -> list[int]:
         """Starts `count` completions of one prompt; options as for submit. The i-th has the seed `seed` + i, modulo 2**64. All of
         them or none: when one is refused, the outbox may still get cancelled chunks of uids that were never returned."""
         first = secrets.randbits(64) if seed is None else seed
@@ -224,18 +256,18 @@ class Engine:
             raise
         return uids
 
-    def stream(self, prompt: Prompt, **options: Any) -> Stream:
+    def stream(self, prompt: AnyPrompt, **options: Any) -> Stream:
         """Submits and iterates over the chunks; options as for submit. Raises DeviceError if the device fails."""
         outbox = Outbox()
         return Stream(self, self.submit(prompt, outbox=outbox, stream=True, **options), outbox)
 
-    def generate(self, prompt: Prompt, **options: Any) -> Result:
+    def generate(self, prompt: AnyPrompt, **options: Any) -> Result:
         """Submits and waits for the whole completion; options as for submit."""
         outbox = Outbox()
         with Stream(self, self.submit(prompt, outbox=outbox, stream=False, **options), outbox) as chunks:
             return _result(next(chunks))
 
-    def generate_many(self, prompt: Prompt, n: int, *, best_of: int | None = None, **options: Any) -> list[Result]:
+    def generate_many(self, prompt: AnyPrompt, n: int, *, best_of: int | None = None, **options: Any) -> list[Result]:
         """n completions as of submit_many, in order; with best_of > n the n of so many that have the highest mean log-probability
         of a token, best first. With beam_width the n best of its beams."""
         count = n if best_of is None else best_of
@@ -287,7 +319,8 @@ class Engine:
 
 def _result(c: Chunk) -> Result:
     return Result(c.uid, c.text.decode("utf-8", "replace"), c.token_ids, c.logprobs, c.top_token_ids, c.top_logprobs, c.cum_logprob,
-                  c.finish_reason, c.stop_reason, c.num_input_tokens, c.num_output_tokens, c.num_cached_tokens, c.queue_s, c.prefill_s, c.decode_s)
+                  c.finish_reason, c.stop_reason, c.num_input_tokens, c.num_truncated_tokens, c.num_output_tokens, c.num_cached_tokens,
+                  c.queue_s, c.prefill_s, c.decode_s)
 
 
 def _as_bytes(name: str, words: Sequence[str | bytes] | str | bytes) -> list[bytes]:

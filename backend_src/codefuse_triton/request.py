@@ -14,17 +14,18 @@ import numpy as np
 
 from . import contract
 from .contract import MAX_STOP_BYTES, MAX_STOP_WORDS, OPTION_BY_JSON, OPTION_BY_NAME, Option
+from .prompt import Prompt
 
 # request parameters that Triton or a proxy adds
 _FOREIGN_PREFIXES = ("triton_", "x-", "sequence_")
 _FOREIGN = {"priority", "timeout", "binary_data_output", "headers", "traceparent", "tracestate", "id"}
 _WEIGHT = Option("weight", "FP32", "", low=-float(np.finfo(np.float32).max), high=float(np.finfo(np.float32).max))
-_REAL_TENSORS = {"input_ids", "prompt_text", "heartbeat", "sampling_parameters", "text_input"}
+_REAL_TENSORS = {"input_ids", "prompt_text", "heartbeat", "sampling_parameters", "text_input", *(t.name for t in contract.PROMPT)}
 
 
 @dataclass(frozen=True)
 class Request:
-    input_ids: np.ndarray  # int32 [n]
+    prompt: Prompt
     submit: dict[str, Any]  # keywords of Engine.submit
     end_id: int  # -1: the model's end tokens
     stop_token_ids: tuple[int, ...]
@@ -108,6 +109,10 @@ def convert(option: Option, value: Any, where: str) -> Any:
     if option.neutral and result not in option.neutral:
         raise ValueError(f"{where} is {_shown(result)}; this server does not implement it yet, only "
                          f"{' or '.join(_shown(n) for n in option.neutral)} is accepted")
+    if option.choices:
+        for value in result if option.dims != 1 else (result,):
+            if value not in option.choices:
+                raise ValueError(f"{where} is {_shown(value)}; it must be one of {', '.join(c for c in option.choices if c)}")
     if option.name in ("stop_words", "bad_words"):
         if len(result) > MAX_STOP_WORDS:
             raise ValueError(f"{where} has {len(result)} strings; at most {MAX_STOP_WORDS} are accepted")
@@ -215,15 +220,15 @@ def _read_parameters(parameters: Mapping[str, Any], options: _Options) -> None:
 
 def _check_beams(options: _Options) -> None:
     """Beams are not sampled: what clients send without meaning it is let through, the rest refused."""
-    for name, accepted in (("temperature", (0, 1)), ("top_k", (-1, 0, 1)), ("top_p", (0, 1)), ("min_p", (0,)), ("num_log_probs", (0,))):
+    for name, accepted in (("temperature", (0, 1)), ("top_k", (-1, 0, 1)), ("top_p", (0, 1)), ("min_p", (0,)), ("num_log_probs", (0,)),
+                           ("max_time_ms", (0,))):
         value = options.get(name)
         if value is not None and value not in accepted:
             raise ValueError(f"{name} is {_shown(value)}; with beam_width {options.get('beam_width')} it must be "
                              f"{' or '.join(_shown(a) for a in accepted)}")
 
 
-def parse(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any], *, exclude_input: bool = True) -> Request:
-    """tensors: by name, any shape with one batch row. exclude_input: the default of exclude_input_in_output."""
+def _read(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any]) -> _Options:
     options = _Options()
     for name, array in tensors.items():
         option = OPTION_BY_NAME.get(name)
@@ -236,10 +241,33 @@ def parse(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any], *, e
     if "sampling_parameters" in tensors:
         _read_json(_string(tensors["sampling_parameters"].reshape(-1)[0], "sampling_parameters"), options)
     _read_parameters(parameters, options)
+    return options
 
-    if "input_ids" not in tensors or tensors["input_ids"].size == 0:
+
+def parse_text(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the tokenizer, as keywords of make_prompt."""
+    options = _read(tensors, parameters)
+    return {name: options.get(name) for name in ("token_healing", "suffix", "fim_mode")}
+
+
+def _prompt(tensors: Mapping[str, np.ndarray]) -> Prompt:
+    def ids(name: str) -> list[int]:
+        return tensors[name].reshape(-1).tolist() if name in tensors else []
+
+    typed = tensors["prefix_bytes"].reshape(-1)[0] if "prefix_bytes" in tensors else b""
+    return Prompt(ids("input_ids"), typed if isinstance(typed, bytes) else str(typed).encode(), ids("prefix_ids"), ids("suffix_ids"),
+                  ids("fim_template"), ids("fim_end_ids"))
+
+
+def parse(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any], *, exclude_input: bool = True) -> Request:
+    """tensors: by name, any shape with one batch row. exclude_input: the default of exclude_input_in_output."""
+    options = _read(tensors, parameters)
+    prompt = _prompt(tensors)
+    if not prompt.ids and not prompt.template:
         raise ValueError("input_ids is missing or empty; the prompt must have at least one token")
     submit = {o.submit: options.get(o.name) for o in contract.OPTIONS if o.submit}
+    if "fim_template" not in tensors:  # not from the tokenizer
+        submit.update((name, options.get(name)) for name in ("suffix", "fim_mode") if options.get(name))
     if submit["beam_width"] > 1:
         _check_beams(options)
         submit["temperature"], submit["top_k"], submit["top_p"] = 0.0, 0, 1.0
@@ -269,10 +297,11 @@ def parse(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any], *, e
                          "same, so it must be 1")
     exclude = options.get("exclude_input_in_output")
     echo = not (exclude_input if exclude is None else exclude)
-    prompt = tensors["prompt_text"].reshape(-1)[0] if "prompt_text" in tensors else b""
+    submit["include_typed"] = submit["include_typed"] and not echo  # the echo has them
+    text = tensors["prompt_text"].reshape(-1)[0] if "prompt_text" in tensors else b""
     beat = tensors.get("heartbeat")
-    return Request(tensors["input_ids"].reshape(-1), submit, options.get("end_id"), options.get("stop_token_ids"), count, best_of,
-                   (prompt if isinstance(prompt, bytes) else str(prompt).encode()) if echo else b"",
+    return Request(prompt, submit, options.get("end_id"), options.get("stop_token_ids"), count, best_of,
+                   (text if isinstance(text, bytes) else str(text).encode()) if echo else b"",
                    beat is not None and bool(beat.reshape(-1)[0]))
 
 

@@ -83,10 +83,10 @@ class Service:
             if self._drain_deadline or self._closing:
                 raise Draining(f"{SHUTTING_DOWN}; send the request to another one")
             if options["beam_width"] > 1:
-                first = self._engine.submit(request.input_ids, outbox=self._outbox, **options)
+                first = self._engine.submit(request.prompt, outbox=self._outbox, **options)
                 uids = list(range(first, first + request.count))
             else:
-                uids = self._engine.submit_many(request.input_ids, request.best_of, outbox=self._outbox, **options)
+                uids = self._engine.submit_many(request.prompt, request.best_of, outbox=self._outbox, **options)
             live = _Live(reply, request.echo, request.heartbeat, time.monotonic(), request.count,
                          {uid: i for i, uid in enumerate(uids)}, len(uids))
             self._live.update(dict.fromkeys(uids, live))

@@ -10,7 +10,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from . import Engine, QueueFull, Vocab, contract, lifecycle
-from .request import parse, parse_settings
+from .prompt import Prompt, make_prompt
+from .request import parse, parse_settings, parse_text
 from .serve import SHUTTING_DOWN, Draining, Service
 
 
@@ -68,21 +69,28 @@ class TokenizerModel:
 
     def _answer(self, request: Any) -> Any:
         try:
-            ids = self._encode(pb_utils.get_input_tensor_by_name(request, "text_input"))
+            given = {t.name(): t.as_numpy() for t in request.inputs()}
+            prompt = self._prompt(given, json.loads(request.parameters() or "{}"))
         except ValueError as error:
             return _error(str(error), "INVALID_ARGUMENT")
-        return pb_utils.InferenceResponse([pb_utils.Tensor("input_ids", ids[None]), _tensor("heartbeat", True, np.bool_)])
+        lists = {"input_ids": prompt.ids, "prefix_ids": prompt.typed_ids, "suffix_ids": prompt.suffix, "fim_template": prompt.template, "fim_end_ids": prompt.end_ids}
+        return pb_utils.InferenceResponse([
+            *(pb_utils.Tensor(name, np.array(ids, np.int32)[None]) for name, ids in lists.items()),
+            _text("prefix_bytes", prompt.typed), _tensor("heartbeat", True, np.bool_)])
 
-    def _encode(self, tensor: Any) -> np.ndarray:
-        if tensor is None:
+    def _prompt(self, given: dict[str, np.ndarray], parameters: dict[str, Any]) -> Prompt:
+        if "text_input" not in given:
             raise ValueError("text_input is missing; it is the prompt, a string of shape [1, 1]")
-        text = tensor.as_numpy().reshape(-1)[0]
-        if len(text) > self._max_bytes:
-            raise ValueError(f"text_input has {len(text)} bytes; at most {self._max_bytes} are accepted")
-        ids = np.asarray(self._vocab.encode(text), dtype=np.int32)
-        if ids.size == 0:
+        text = given.pop("text_input").reshape(-1)[0]
+        options = parse_text(given, parameters)
+        for name, value in (("text_input", text), ("suffix", options["suffix"])):
+            size = len(value if isinstance(value, bytes) else value.encode())
+            if size > self._max_bytes:
+                raise ValueError(f"{name} has {size} bytes; at most {self._max_bytes} are accepted")
+        prompt = make_prompt(self._vocab, text, **options)
+        if not prompt.ids and not prompt.template:
             raise ValueError("text_input is empty; the prompt must have at least one token")
-        return ids
+        return prompt
 
 
 class _Sender:
@@ -106,6 +114,7 @@ class _Sender:
             pb_utils.Tensor("output_ids", np.asarray(chunk.token_ids, np.int32)[None]), _tensor("uid", chunk.uid, np.int64),
             _tensor("serial", serial, np.int64), _tensor("text_start", chunk.text_start), _tensor("text_bytes", chunk.text_bytes),
             _tensor("chunk_index", chunk.index), _tensor("sequence_index", sequence), _tensor("num_input_tokens", chunk.num_input_tokens),
+            pb_utils.Tensor("num_truncated_tokens", np.array([chunk.num_truncated_tokens], np.int32)),
             _tensor("num_output_tokens", chunk.num_output_tokens), _tensor("num_cached_tokens", chunk.num_cached_tokens)]
         if self._log_probs:
             tensors += [_tensor("cum_log_probs", chunk.cum_logprob, np.float32),

@@ -8,29 +8,49 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from ._native import LoadError
 
 _SPACE = "\u2581"  # sentencepiece's mark for a space
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_MARK = "\u263a"  # a character that no token joins with the next
+MAX_HEALED = 8  # tokens at the end of a prompt that are given back at most, with those that complete a character
+
+
+@dataclass(frozen=True)
+class OpenText:
+    """A text that ends anywhere, to be continued."""
+
+    ids: list[int]  # tokens that no continuation of the text changes
+    typed: bytes  # the rest of the text: what comes next must begin with these bytes
+    typed_ids: list[int]  # and as encode() has it
 
 
 class Vocab:
     token_bytes: list[bytes]  # by id; special tokens and unused ids have none
     special_ids: frozenset[int]
+    never_text: frozenset[int]  # tokens with bytes that stand for something else: typed text is not completed to one
     eos_ids: list[int]
     bos_id: int  # -1: none
 
     def __init__(self, encode: Callable[[str], list[int]], token_bytes: list[bytes], special_ids: Iterable[int],
-                 eos_ids: Iterable[int] = (), bos_id: int = -1, ids_by_special: dict[str, int] | None = None) -> None:
+                 eos_ids: Iterable[int] = (), bos_id: int = -1, ids_by_special: dict[str, int] | None = None,
+                 never_text: Iterable[int] = (), ids_by_name: dict[str, int] | None = None) -> None:
         self._encode = encode
         self.token_bytes = token_bytes
         self.special_ids = frozenset(special_ids)
+        self.never_text = frozenset(never_text)
+        self._text_tokens = sorted({b for i, b in enumerate(token_bytes) if b and i not in self.never_text})
+        self._longest = max(map(len, self._text_tokens), default=0)
+        self._dummy_prefix = bool(token_bytes) and self.decode(encode("a")) == b" a"  # a text is tokenized with a space in front
         self.eos_ids = list(eos_ids)
         self.bos_id = bos_id
         self._ids_by_special = ids_by_special or {}
+        self._ids_by_name = ids_by_name or {}
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Vocab:
@@ -66,16 +86,70 @@ class Vocab:
 
     def encode(self, text: str | bytes) -> list[int]:
         """Ids of the text; bytes must be UTF-8 (ValueError)."""
-        if isinstance(text, bytes):
-            try:
-                text = text.decode("utf-8")
-            except UnicodeDecodeError as e:
-                raise ValueError(f"prompt is not UTF-8: byte 0x{text[e.start]:02x} at offset {e.start}") from None
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as e:
-            raise ValueError(f"prompt has a lone surrogate at character {e.start}") from None
-        return self._encode(text)
+        return self._encode(_checked(text))
+
+    def encode_inner(self, text: str | bytes) -> list[int]:
+        """Ids of a text that does not begin here: without the space that some tokenizers put in front."""
+        text = _checked(text)
+        if not self._dummy_prefix:
+            return self._encode(text)
+        mark = self._encode(_MARK)
+        return self._encode(_MARK + text)[len(mark):]
+
+    def encode_open(self, text: str | bytes, may_be_empty: bool = False) -> OpenText:
+        """The text as far as its tokens are certain. A continuation moves the token boundaries near the end of a text: whatever it is,
+        one of its tokens ends or stands behind the text, and that token starts where the rest of the text begins a token. Tokens
+        that the text has in common with itself cut off at each of those places stay, up to MAX_HEALED are given back, none that
+        is not text. Holds for BPE and unigram, whose tokens up to a boundary are those of the text up to there, and for
+        pre-tokenizers that look ahead for the end of a run of spaces. At least one token is kept or put there, the bos, unless
+        may_be_empty: without any the model has nothing to start from."""
+        text = _checked(text)
+        ids = self._encode(text)
+        drop = self._dropped(ids, text, may_be_empty or self.bos_id >= 0)
+        if drop == 0:
+            return OpenText(ids, b"", [])
+        start = [] if may_be_empty else [self.bos_id]
+        return OpenText(ids[:-drop] or start, self.decode(ids[-drop:]), ids[-drop:])
+
+    def _dropped(self, ids: list[int], text: str, all_may_go: bool) -> int:
+        part, found = self._end(ids, text)
+        unsure, tail = 0, part[len(part) - self._longest:] if len(part) > self._longest else part
+        for size in range(1, len(tail) + 1):
+            piece = tail[-size:].encode()
+            if self._begins_longer_token(piece) or self._dummy_prefix and size == len(text) and self._begins_longer_token(b" " + piece):
+                before = self._encode(part[:-size])
+                unsure = max(unsure, len(found) - _common(found, before))
+        if part[-1:].isspace():  # pre-tokenizers look ahead for the end of a run of spaces
+            unsure = max(unsure, len(found) - _common(found, self._encode(part + "a")))
+        if unsure == 0:
+            return 0
+        limit = 0  # trailing tokens that are text
+        while limit < min(len(ids), MAX_HEALED + 3) and self.token_bytes[ids[-1 - limit]] and ids[-1 - limit] not in self.never_text:
+            limit += 1
+        drop = min(unsure, MAX_HEALED, limit)
+        for count in (*range(drop, limit + 1), *range(drop - 1, 0, -1)):
+            if count == 0 or count == len(ids) and not all_may_go:
+                continue
+            typed = self.decode(ids[-count:])
+            end = text[-len(typed):].encode()
+            whole_characters = not 0x80 <= typed[0] < 0xC0
+            if whole_characters and (end.endswith(typed) or count == len(ids) and typed == b" " + end):  # the space of a dummy prefix
+                return count
+        return 0
+
+    def _end(self, ids: list[int], text: str) -> tuple[str, list[int]]:
+        """An end of the text that is tokenized as it is inside the text, at its own end at least; its ids."""
+        size = max(128, 2 * self._longest)
+        while size < len(text):
+            found = self._encode(text[-size:])
+            if found[-MAX_HEALED - 1:] == ids[-MAX_HEALED - 1:]:
+                return text[-size:], found
+            size *= 4
+        return text, ids
+
+    def _begins_longer_token(self, text: bytes) -> bool:
+        place = bisect_right(self._text_tokens, text)
+        return place < len(self._text_tokens) and self._text_tokens[place].startswith(text)
 
     def decode(self, ids: Iterable[int]) -> bytes:
         """The bytes of ids; those of special and unknown ones are none."""
@@ -86,8 +160,30 @@ class Vocab:
         """Id of a special token by its name, such as "<|endoftext|>"."""
         return self._ids_by_special.get(token)
 
+    def token_id(self, name: str) -> int | None:
+        """Id of a token that stands for something else than text by its name: special, added or a control or user-defined symbol."""
+        return self._ids_by_name.get(name, self._ids_by_special.get(name))
+
     def __len__(self) -> int:
         return len(self.token_bytes)
+
+
+def _checked(text: str | bytes) -> str:
+    if isinstance(text, bytes):
+        try:
+            return text.decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"prompt is not UTF-8: byte 0x{text[e.start]:02x} at offset {e.start}") from None
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise ValueError(f"prompt has a lone surrogate at character {e.start}") from None
+    return text
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """Length of the beginning that both have."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -150,8 +246,10 @@ def _from_tokenizer_json(path: str) -> Vocab:
     if not set(kinds) <= {"ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"} or not ("ByteLevel" in kinds or spaced):
         raise LoadError(f"{path}: decoder is {kinds or 'missing'}; expected ByteLevel, or Metaspace / Replace '{_SPACE}' with or without ByteFallback")
     pieces = {id: piece for piece, id in tokenizer.get_vocab(with_added_tokens=True).items()}
-    special = {token["content"]: token["id"] for token in data.get("added_tokens", []) if token.get("special")}
+    added = data.get("added_tokens", [])
+    special = {token["content"]: token["id"] for token in added if token.get("special")}
     special_ids = set(special.values())
+    never_text = {token["id"] for token in added if not token["content"].isspace()} - special_ids  # runs of spaces are text
 
     def token(id: int) -> bytes:
         if id not in pieces or id in special_ids:
@@ -161,7 +259,39 @@ def _from_tokenizer_json(path: str) -> Vocab:
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
-    return Vocab(encode, [token(id) for id in range(max(pieces, default=-1) + 1)], special_ids, ids_by_special=special)
+    return Vocab(encode, [token(id) for id in range(max(pieces, default=-1) + 1)], special_ids, ids_by_special=special,
+                 never_text=never_text, ids_by_name={token["content"]: token["id"] for token in added})
+
+
+_CODELLAMA_MARKS = {"\u2581<PRE>", "\u2581<MID>", "\u2581<SUF>", "\u2581<EOT>"}  # pieces of any type
+_USER_DEFINED = 4  # of sentencepiece_model.proto: SentencePiece.Type
+
+
+def _piece_kinds(model: bytes) -> list[int]:
+    """The type of every piece of a serialized ModelProto: piece i is its i-th field 1, whose field 3 is the type (1, normal, if absent)."""
+    def fields(data: bytes) -> Iterator[tuple[int, Any]]:
+        at = 0
+
+        def varint() -> int:
+            nonlocal at
+            value, scale = 0, 1
+            while True:
+                byte = data[at]
+                at += 1
+                value, scale = value + byte % 128 * scale, scale * 128
+                if byte < 128:
+                    return value
+
+        while at < len(data):
+            field, wire = divmod(varint(), 8)
+            size = varint() if wire in (0, 2) else 4 if wire == 5 else 8
+            if wire == 0:
+                yield field, size
+                continue
+            yield field, data[at:at + size]
+            at += size
+
+    return [dict(fields(piece)).get(3, 1) for field, piece in fields(model) if field == 1]
 
 
 def _from_sentencepiece(path: str, options: dict[str, Any]) -> Vocab:
@@ -176,6 +306,8 @@ def _from_sentencepiece(path: str, options: dict[str, Any]) -> Vocab:
     special = {pieces[i]: i for i in range(size) if processor.is_control(i) or processor.is_unknown(i)}
     table = [b"" if pieces[i] in special or processor.is_unused(i)
              else _spaced_token(pieces[i], processor.is_byte(i)) for i in range(size)]
+    kinds = _piece_kinds(processor.serialized_model_proto())
+    never_text = {i for i in range(size) if pieces[i] in _CODELLAMA_MARKS or kinds[i] == _USER_DEFINED and not pieces[i].replace(_SPACE, " ").isspace()}
     # tokens that transformers added; encode() does not produce those beyond the model's own
     for key, added in options.get("added_tokens_decoder", {}).items():
         id = int(key)
@@ -185,6 +317,7 @@ def _from_sentencepiece(path: str, options: dict[str, Any]) -> Vocab:
             table[id] = b""
         elif id >= size:
             table[id] = added["content"].encode()
+            never_text.add(id)
 
     # A literal U+2581 would be read as a space: spelled in bytes where the model can and adds no space in front of a text.
     mark = [processor.piece_to_id(f"<0x{b:02X}>") for b in _SPACE.encode()]
@@ -200,4 +333,6 @@ def _from_sentencepiece(path: str, options: dict[str, Any]) -> Vocab:
         return ids  # type: ignore[no-any-return]
 
     eos, bos = processor.eos_id(), processor.bos_id()
-    return Vocab(encode, table, special.values(), [eos] if eos >= 0 else [], bos, special)
+    names = {pieces[i]: i for i in never_text if i < size}
+    names.update((added["content"], int(key)) for key, added in options.get("added_tokens_decoder", {}).items() if int(key) >= size)
+    return Vocab(encode, table, special.values(), [eos] if eos >= 0 else [], bos, special, never_text - set(special.values()), names)

@@ -21,6 +21,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--min-p", type=float)
     p.add_argument("--seed", type=int)
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; may be repeated")
+    p.add_argument("--stop-at", action="append", default=[], metavar="WHERE", help="line, block, bracket, suffix or repetition; may be repeated")
+    p.add_argument("--suffix", metavar="TEXT", help="the text behind the cursor: fill in between")
+    p.add_argument("--fim-mode", choices=("psm", "spm"))
+    p.add_argument("--no-token-healing", action="store_false", dest="token_healing", default=None,
+                   help="continue the last token of the prompt, not its last byte")
+    p.add_argument("--max-time-ms", type=int)
     p.add_argument("--ignore-eos", action="store_true", default=None)
     p.add_argument("--echo", action="store_true", help="print the prompt too")
     p.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
@@ -44,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         print("reading the prompt from standard input; end it with Ctrl-D", file=sys.stderr)
     prompt: str | bytes = sys.stdin.buffer.read() if args.prompt in (None, "-") else args.prompt
     options = {name: getattr(args, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop",
-                                                      "ignore_eos")}
+                                                      "stop_at", "suffix", "fim_mode", "token_healing", "max_time_ms", "ignore_eos")}
     write = sys.stdout.write
     try:
         with Client(args.url, model=args.model) as client:

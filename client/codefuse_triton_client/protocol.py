@@ -26,7 +26,9 @@ OPTIONS = {
     "beam_diversity_rate": ("beam_search_diversity_rate", "FP32"), "early_stopping": ("early_stopping", "BOOL"),
     "repetition_penalty": ("repetition_penalty", "FP32"), "presence_penalty": ("presence_penalty", "FP32"),
     "frequency_penalty": ("frequency_penalty", "FP32"), "logit_bias": ("logit_bias", "BYTES"), "bad_words": ("bad_words", "BYTES"),
-    "stop": ("stop_words", "BYTES"), "include_stop": ("include_stop", "BOOL"), "end_id": ("end_id", "INT32"),
+    "stop": ("stop_words", "BYTES"), "include_stop": ("include_stop", "BOOL"), "stop_at": ("stop_at", "BYTES"),
+    "max_time_ms": ("max_time_ms", "INT32"), "token_healing": ("token_healing", "BOOL"), "include_typed": ("include_typed", "BOOL"),
+    "suffix": ("suffix", "BYTES"), "fim_mode": ("fim_mode", "BYTES"), "end_id": ("end_id", "INT32"),
     "stop_token_ids": ("stop_token_ids", "INT32"), "ignore_eos": ("ignore_eos", "BOOL"),
     "exclude_input": ("exclude_input_in_output", "BOOL"), "logprobs": ("return_log_probs", "BOOL"),
     "top_logprobs": ("num_log_probs", "INT32"), "cache_salt": ("cache_salt", "BYTES"),
@@ -60,7 +62,7 @@ class Chunk:
     text: str
     index: int
     num_output_tokens: int  # so far
-    finish_reason: str = ""  # last chunk of an answer: eos, stop, length or cancelled
+    finish_reason: str = ""  # last chunk of an answer: eos, stop, length, time or cancelled
     log_probs: tuple[float, ...] = ()  # of token_ids, with logprobs or top_logprobs
     token_ids: tuple[int, ...] = ()
     top: tuple[tuple[TopToken, ...], ...] = ()  # for each of token_ids, the likeliest first, with top_logprobs
@@ -80,8 +82,9 @@ class Timings:
 class Result:
     text: str
     finish_reason: str
-    stop_reason: str = ""  # the stop string that ended the text
+    stop_reason: str = ""  # the stop string that ended the text, or "stop_at:" and the name of what did
     num_input_tokens: int = 0
+    num_truncated_tokens: tuple[int, ...] = (0, 0)  # with suffix: that the prompt and the suffix lost to fit
     num_output_tokens: int = 0
     num_cached_tokens: int = 0
     cum_log_prob: float = 0.0
@@ -218,6 +221,7 @@ class Progress:
         if chunk.finish_reason:
             sequence.result = Result(
                 "".join(c.text for c in sequence.chunks), chunk.finish_reason, read("stop_reason", [""])[0], read("num_input_tokens", [0])[0],
+                tuple(read("num_truncated_tokens", [0, 0])),
                 chunk.num_output_tokens, read("num_cached_tokens", [0])[0], read("cum_log_probs", [0.0])[0],
                 tuple(p for c in sequence.chunks for p in c.log_probs), tuple(i for c in sequence.chunks for i in c.token_ids),
                 tuple(t for c in sequence.chunks for t in c.top), Timings(*read("timings", [0.0] * 3), sequence.first, now))

@@ -13,6 +13,7 @@ double seconds(std::chrono::steady_clock::time_point from, std::chrono::steady_c
 
 constexpr int kTopLogprobs = 20;
 constexpr size_t kListedTokens = kRuleEdits / 4;  // of logit_bias and of eos_ids
+constexpr size_t kMaxPrefix = 1024;
 
 Reuse reuse_of(const std::string& prefix_cache, bool rows_alike) {
   if (prefix_cache == "off") return Reuse::none;
@@ -24,12 +25,17 @@ int64_t samples_of(const Step& s) { return int64_t(s.sampled.size()); }
 }  // namespace
 
 Engine::Live::Live(int64_t id, Request&& r, const TokenBytes* table)
-    : uid(id), request(std::move(r)), text(table, request.stop, request.include_stop, request.min_tokens), submitted(Clock::now()) {}
+    : uid(id),
+      request(std::move(r)),
+      text(table, {request.stop, request.include_stop, request.min_tokens, request.stop_at, std::move(request.before), std::move(request.after)},
+           request.prefix.size(), request.include_typed),
+      submitted(Clock::now()) {}
 
-Engine::Engine(std::unique_ptr<Runner> runner, TokenBytes token_bytes, const EngineOptions& options)
+Engine::Engine(std::unique_ptr<Runner> runner, TokenBytes token_bytes, const std::vector<int32_t>& never_text, const EngineOptions& options)
     : runner_(std::move(runner)),
       token_bytes_(std::move(token_bytes)),
       tokens_by_bytes_(tokens_by_bytes(token_bytes_, runner_->config().vocab)),
+      trie_(&token_bytes_, tokens_by_bytes_, never_text),
       options_(options),
       depth_(options.depth > 0 ? options.depth : runner_->device() == "cpu" ? 1 : 2),
       scheduler_(runner_->limits(), options.prefill_rows, reuse_of(options.prefix_cache, runner_->rows_alike())) {
@@ -51,13 +57,18 @@ void Engine::check(const EngineOptions& options) {
 
 void Engine::validate(const Request& r) const {
   const Limits& limits = scheduler_.limits();
-  const int vocab = runner_->config().vocab, size = int(r.prompt.size());
+  const int vocab = runner_->config().vocab, size = int(r.prompt.size() + r.prefix_ids.size());
   if (r.prompt.empty()) throw ValueError("prompt has no tokens; expected at least 1");
-  if (r.prompt.size() >= size_t(limits.max_len))
-    throw ValueError(cat("prompt has ", r.prompt.size(), " tokens; expected at most ", limits.max_len - 1, " (max_len ", limits.max_len, " less one new token)"));
-  for (int i = 0; i < size; ++i)
-    if (r.prompt[size_t(i)] < 0 || r.prompt[size_t(i)] >= vocab)
-      throw ValueError(cat("prompt[", i, "] is token ", r.prompt[size_t(i)], "; expected 0..", vocab - 1));
+  if (size >= limits.max_len)
+    throw ValueError(cat("prompt has ", size, " tokens; expected at most ", limits.max_len - 1, " (max_len ", limits.max_len, " less one new token)"));
+  for (size_t i = 0; i < r.prompt.size(); ++i)
+    if (r.prompt[i] < 0 || r.prompt[i] >= vocab) throw ValueError(cat("prompt[", i, "] is token ", r.prompt[i], "; expected 0..", vocab - 1));
+  std::string spelled;
+  for (int32_t id : r.prefix_ids)
+    if (id >= 0 && size_t(id) < token_bytes_.size()) spelled += token_bytes_[size_t(id)];
+  if (!r.prefix_ids.empty() && spelled != r.prefix)
+    throw ValueError(cat("prefix_ids are ", r.prefix_ids.size(), " tokens of other bytes than prefix_bytes; expected its tokens, or none"));
+  if (r.prefix.size() > kMaxPrefix) throw ValueError(cat("prefix_bytes has ", r.prefix.size(), " bytes; expected at most ", kMaxPrefix));
   if (r.max_tokens < 1) throw ValueError(cat("max_tokens is ", r.max_tokens, "; expected at least 1"));
   if (r.max_tokens > limits.max_len - size)
     throw ValueError(cat("max_tokens is ", r.max_tokens, "; expected at most ", limits.max_len - size, " with a prompt of ", size,
@@ -103,11 +114,17 @@ void Engine::validate(const Request& r) const {
       throw ValueError(cat("eos_ids[", i, "] is ", r.eos_ids[i], "; expected 0..", vocab - 1));
   validate_beams(r);
   if (r.cache_salt.size() > 256) throw ValueError(cat("cache_salt has ", r.cache_salt.size(), " bytes; expected at most 256"));
+  if (r.max_time_ms < 0) throw ValueError(cat("max_time_ms is ", r.max_time_ms, "; expected 0 (no limit) or more"));
   if (!r.outbox) throw ValueError("outbox is missing");
 }
 
 void Engine::add_rules(Request& r) const {
   if (r.beams.width > 1) return;  // its rows have rules of their own
+  if (!r.prefix.empty()) {
+    PrefixConstraint constraint(&trie_, r.prefix);
+    if (!constraint.possible()) throw ValueError(cat("prefix_bytes has ", r.prefix.size(), " bytes; expected what tokens of this model spell"));
+    r.rules.push_back(std::make_unique<PrefixRule>(std::move(constraint), runner_->config().vocab, r.eos_ids, r.min_tokens));
+  }
   if (!r.logit_bias.empty() || r.penalties.any() || (r.min_tokens > 0 && !r.eos_ids.empty()))
     r.rules.push_back(std::make_unique<TokenRules>(r.logit_bias, r.penalties, r.prompt, r.eos_ids, r.min_tokens));
   if (!r.bad_words.empty()) r.rules.push_back(std::make_unique<BadWords>(word_list(r), r.prompt));
@@ -230,17 +247,28 @@ bool Engine::take_commands() {
   }
   for (auto& live : incoming) {
     Request& r = live->request;
+    if (r.max_time_ms > 0) deadlines_.emplace(live->submitted + std::chrono::milliseconds(r.max_time_ms), live->uid);
     if (r.beams.width > 1) {
       live->beams = std::make_unique<BeamSearch>(r.beams, r.max_tokens, r.eos_ids, live->text);
       if (!r.bad_words.empty()) live->bad_words = word_list(r);
       run_beams(*live);
     } else {
-      scheduler_.add(live->uid, r.prompt, r.max_tokens, r.sample, std::move(r.rules), r.cache_salt);
+      const Limits& limits = scheduler_.limits();
+      const int64_t size = int64_t(r.prompt.size());  // the prefix may be spelled with a token a byte, as far as there is room
+      live->most = int(std::min({int64_t(r.max_tokens) + int64_t(r.prefix.size()), limits.max_len - size, int64_t(limits.pages) * kPageTokens + 1 - size}));
+      scheduler_.add(live->uid, r.prompt, live->most, r.sample, std::move(r.rules), r.cache_salt);
     }
     live_.emplace(live->uid, std::move(live));
   }
   for (int64_t uid : cancels) end(uid, Finish::cancelled);
+  end_late();
   return true;
+}
+
+void Engine::end_late() {
+  if (deadlines_.empty()) return;
+  const Clock::time_point now = Clock::now();
+  for (; !deadlines_.empty() && deadlines_.top().first <= now; deadlines_.pop()) end(deadlines_.top().second, Finish::time);
 }
 
 bool Engine::launch() {
@@ -307,10 +335,11 @@ void Engine::collect() {
 
 void Engine::advance(Live& live, int32_t token, float logprob, TopTokens top) {
   const Request& r = live.request;
-  const bool may_end = live.text.pushed() >= r.min_tokens;
+  const bool typing = live.text.typing(), may_end = live.text.pushed() >= r.min_tokens && !typing;
   if (may_end && std::find(r.eos_ids.begin(), r.eos_ids.end(), token) != r.eos_ids.end()) return end(live.uid, Finish::eos);
   if (live.text.push(token, logprob, std::move(top))) return end(live.uid, Finish::stop);
-  if (live.text.pushed() == r.max_tokens) return end(live.uid, Finish::length);
+  if (live.text.pushed() == r.max_tokens || ++live.chosen == live.most) return end(live.uid, Finish::length);
+  if (typing && !live.text.typing()) scheduler_.limit(live.uid, r.max_tokens - live.text.pushed());
   if (!r.stream) return;
   live.text.release(false, &live.piece);
   if (!live.piece.tokens.empty()) deliver(live, Finish::none, "");
@@ -350,7 +379,10 @@ void Engine::deliver(Live& live, Finish finish, const std::string& error) {
   out.uid = live.uid;
   out.tokens.swap(live.piece.tokens);
   out.text.swap(live.piece.text);
-  live.output_tokens += int(out.tokens.size());
+  out.text_start = int(live.piece.skipped);
+  live.piece.skipped = 0;
+  live.output_tokens += int(out.tokens.size()) - int(live.piece.typed);
+  live.piece.typed = 0;
   for (float p : live.piece.logprobs) live.cum_logprob += p;
   if (live.request.logprobs) out.logprobs = live.piece.logprobs;
   live.piece.logprobs.clear();
@@ -359,7 +391,8 @@ void Engine::deliver(Live& live, Finish finish, const std::string& error) {
   out.finish = finish;
   if (finish == Finish::stop) out.stop = live.text.matched();
   out.error = error;
-  out.input_tokens = int(live.request.prompt.size());
+  out.input_tokens = int(live.request.prompt.size() + live.request.prefix_ids.size());
+  out.truncated_tokens = live.request.truncated_tokens;
   out.output_tokens = live.output_tokens;
   out.cached_tokens = live.cached_tokens;
   out.cum_logprob = live.cum_logprob;

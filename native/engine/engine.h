@@ -1,9 +1,11 @@
 // The serving loop: requests in, outputs to their outboxes, one thread that keeps the device busy.
 #pragma once
+#include <array>
 #include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <queue>
 #include <string>
 #include <thread>
 #include <unordered_map>
@@ -13,6 +15,7 @@
 #include "engine/bad_words.h"
 #include "engine/beam_search.h"
 #include "engine/outbox.h"
+#include "engine/prefix_constraint.h"
 #include "engine/scheduler.h"
 #include "engine/text.h"
 #include "engine/token_rules.h"
@@ -35,7 +38,12 @@ struct EngineOptions {
 
 struct Request {
   std::vector<int32_t> prompt;
-  int max_tokens = 128;
+  std::string prefix;             // the end of the prompt in bytes, where its tokens are not certain: the output begins with them
+  bool include_typed = false;     // leave them in the text; otherwise they are not part of it
+  std::vector<int32_t> prefix_ids;  // the tokens of prefix as the prompt's last ones: counted as such; may be empty
+  std::array<int, 2> truncated_tokens{};  // that the prompt's text and its suffix lost, to be reported
+  int max_tokens = 128;           // of new text
+  int max_time_ms = 0;            // since submit; 0: no limit
   SampleParams sample;
   LogitBias logit_bias;
   Penalties penalties;
@@ -43,6 +51,8 @@ struct Request {
   std::vector<std::string> bad_words;  // bytes that prompt and text do not contain where they meet or after; none empty
   std::vector<std::string> stop;  // bytes; none empty
   bool include_stop = false;
+  unsigned stop_at = 0;           // of StopAt
+  std::string before, after;      // text in front of the cursor and behind it, for stop_at
   std::vector<int32_t> eos_ids;
   int min_tokens = 0;             // eos is not sampled before, stop strings do not end the text
   bool stream = true;             // false: only the last output is delivered
@@ -63,7 +73,7 @@ struct EngineStats {
   int64_t preemptions = 0;
   double step_s = 0;         // moving average
   int64_t submitted = 0, refused = 0;
-  int64_t finished[6] = {};  // by Finish
+  int64_t finished[7] = {};  // by Finish
   std::string error;         // not empty: the device failed and nothing more is served
 };
 
@@ -71,7 +81,8 @@ struct EngineStats {
 // cut are not delivered either.
 class Engine {
  public:
-  Engine(std::unique_ptr<Runner> runner, TokenBytes token_bytes, const EngineOptions& options);
+  // never_text: tokens that have bytes, but are not what typed text is completed to.
+  Engine(std::unique_ptr<Runner> runner, TokenBytes token_bytes, const std::vector<int32_t>& never_text, const EngineOptions& options);
   ~Engine();
   static void check(const EngineOptions& options);  // ValueError; before a long load
 
@@ -95,6 +106,7 @@ class Engine {
     TextCut text;
     Piece piece;  // released, not delivered: all of it until the end when not streaming
     Clock::time_point submitted, started{}, first{};
+    int chosen = 0, most = 0;  // tokens of the sequence, and at most
     int output_tokens = 0;
     int cached_tokens = 0;
     double cum_logprob = 0;
@@ -116,6 +128,7 @@ class Engine {
   void serve();
   void copy_stats();     // the scheduler's; mutex_ is held
   bool take_commands();  // false: the thread is to end
+  void end_late();       // what has run for longer than it may
   bool launch();         // false: nothing to run now
   void collect();
   void advance(Live& live, int32_t token, float logprob, TopTokens top);
@@ -126,6 +139,7 @@ class Engine {
   std::unique_ptr<Runner> runner_;
   TokenBytes token_bytes_;
   std::vector<int32_t> tokens_by_bytes_;
+  TokenTrie trie_;
   EngineOptions options_;
   int depth_;
 
@@ -134,6 +148,8 @@ class Engine {
   std::unordered_map<int64_t, std::unique_ptr<Live>> live_;
   std::unordered_map<int64_t, std::pair<int64_t, size_t>> beam_rows_;  // the scheduler's uid of a beam's row, negative -> request, beam
   int64_t next_beam_row_ = -1;
+  using Deadline = std::pair<Clock::time_point, int64_t>;
+  std::priority_queue<Deadline, std::vector<Deadline>, std::greater<Deadline>> deadlines_;  // those of ended requests too
   Batch batches_[2];
   Step steps_[2];
   Clock::time_point launched_[2];

@@ -12,6 +12,7 @@ void Outbox::put(Output&& output) {
     waiting_.push_back(std::move(output));
   } else {
     Output& into = waiting_[place->second];
+    if (!into.tokens.empty()) output.text_start = into.text_start;
     into.tokens.insert(into.tokens.end(), output.tokens.begin(), output.tokens.end());
     into.logprobs.insert(into.logprobs.end(), output.logprobs.begin(), output.logprobs.end());
     into.top.append(output.top);

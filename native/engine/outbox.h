@@ -1,5 +1,6 @@
 // Where a request's output waits for its reader: a thread-safe queue shared by any number of requests.
 #pragma once
+#include <array>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -11,10 +12,10 @@
 
 namespace codefuse {
 
-enum class Finish : uint8_t { none, eos, stop, length, cancelled, error };
+enum class Finish : uint8_t { none, eos, stop, length, time, cancelled, error };
 
 inline const char* name_of(Finish f) {
-  static const char* const names[] = {"", "eos", "stop", "length", "cancelled", "error"};
+  static const char* const names[] = {"", "eos", "stop", "length", "time", "cancelled", "error"};
   return names[size_t(f)];
 }
 
@@ -26,12 +27,14 @@ struct Output {
   std::vector<float> logprobs;   // [tokens], empty unless asked for
   TopTokens top;                 // [tokens, top_per_token]
   int top_per_token = 0;
-  std::string text;              // new text: the first bytes of the bytes of tokens, all of them except after a stop string
+  std::string text;              // new text: bytes of tokens from text_start on, all of them except after a stop string
+  int text_start = 0;
   Finish finish = Finish::none;  // not none in the last output of a request
-  std::string stop;              // the stop string found
+  std::string stop;              // the stop string found, or "stop_at:" and the name of what ended the text
   std::string error;
-  int input_tokens = 0;
-  int output_tokens = 0;         // so far
+  int input_tokens = 0;          // of the prompt, with those whose bytes the output began with
+  std::array<int, 2> truncated_tokens{};  // lost by the text in front of the cursor and the one behind it
+  int output_tokens = 0;         // so far, of new text
   int cached_tokens = 0;         // of the prompt, not computed again
   double cum_logprob = 0;        // of the output tokens so far
   double queue_s = 0;            // submit to first row

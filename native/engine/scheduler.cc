@@ -70,6 +70,11 @@ bool Scheduler::accept(int64_t uid, int32_t token) {
   return true;
 }
 
+void Scheduler::limit(int64_t uid, int tokens) {
+  Sequence& s = *all_.at(uid);
+  s.max_tokens = std::min(s.max_tokens, s.chosen() + tokens);
+}
+
 void Scheduler::remove(int64_t uid) {
   auto it = all_.find(uid);
   if (it == all_.end()) return;

@@ -67,6 +67,9 @@ class Scheduler {
   // Result of one sample, in step order. False: the sequence is gone, the token is to be dropped.
   bool accept(int64_t uid, int32_t token);
 
+  // The sequence gets at most so many more tokens; none of it is in flight.
+  void limit(int64_t uid, int tokens);
+
   // Finished or cancelled, wherever it is: slot and pages are free for the next step.
   void remove(int64_t uid);
 

@@ -69,24 +69,60 @@ void TopTokens::append(const TopTokens& more) {
   logprobs.insert(logprobs.end(), more.logprobs.begin(), more.logprobs.end());
 }
 
-TextCut::TextCut(const TokenBytes* table, std::vector<std::string> stops, bool include_stop, int min_tokens)
-    : table_(table), stops_(std::move(stops)), include_stop_(include_stop), min_tokens_(min_tokens) {}
+namespace {
+
+// The stop strings of end, that of its suffix behind them.
+std::vector<std::string> stop_strings(TextEnd* end) {
+  std::vector<std::string> stops = std::move(end->stops);
+  if (end->at & kStopAtSuffix) stops.push_back(suffix_stop(end->after));
+  if (!stops.empty() && stops.back().empty()) stops.pop_back();
+  return stops;
+}
+
+}  // namespace
+
+TextCut::TextCut(const TokenBytes* table, TextEnd end, size_t typed, bool include_typed)
+    : table_(table),
+      suffix_stop_(int(end.stops.size())),
+      stops_(stop_strings(&end)),
+      code_(end.at, end.before),
+      include_stop_(end.include_stop),
+      min_tokens_(end.min_tokens),
+      typed_(typed),
+      include_typed_(include_typed) {}
+
+// How many bytes at the end of the text are cut off when it ends with this byte; -1 when it goes on.
+int64_t TextCut::found(uint8_t byte, bool counts) {
+  const int stop = stops_.next(byte);
+  const bool at = code_.next(byte, counts);
+  if (stop >= 0 && counts) {
+    matched_ = stop == suffix_stop_ ? std::string("stop_at:suffix") : stops_.stop(stop);
+    return include_stop_ ? 0 : int64_t(stops_.stop(stop).size());
+  }
+  if (!at) return -1;
+  matched_ = std::string("stop_at:") + name_of(code_.reason());
+  return code_.cut(include_stop_);
+}
 
 bool TextCut::push(int32_t token, float logprob, TopTokens top) {
   static const std::string none;
   const std::string& bytes = token >= 0 && size_t(token) < table_->size() ? (*table_)[size_t(token)] : none;
-  bool counts = pushed_ >= min_tokens_;
-  ++pushed_;
-  if (!bytes.empty() && !pending_.empty() && !utf8_.continues(uint8_t(bytes[0]))) pending_.back().boundary = true;
-  for (size_t i = 0; i < bytes.size() && end_ < 0; ++i) {
+  const size_t typed = std::min(typed_, bytes.size());
+  const bool all_typed = typed > 0 && typed == bytes.size();
+  typed_ -= typed;
+  if (all_typed && !include_typed_) return false;
+  const bool counts = pushed_ >= min_tokens_;
+  pushed_ += !all_typed;
+  const size_t skipped = include_typed_ ? 0 : typed;
+  if (bytes.size() > skipped && !pending_.empty() && !utf8_.continues(uint8_t(bytes[skipped]))) pending_.back().boundary = true;
+  for (size_t i = skipped; i < bytes.size() && end_ < 0; ++i) {
     utf8_.next(uint8_t(bytes[i]));
-    int found = stops_.next(uint8_t(bytes[i]));
-    if (found < 0 || !counts) continue;
-    matched_ = stops_.stop(found);
-    end_ = length_ + int64_t(i) + 1 - (include_stop_ ? 0 : int64_t(matched_.size()));
+    if (i < typed) continue;
+    const int64_t cut = found(uint8_t(bytes[i]), counts);
+    if (cut >= 0) end_ = length_ + int64_t(i - skipped) + 1 - cut;
   }
-  length_ += int64_t(bytes.size());
-  pending_.push_back({token, logprob, length_, utf8_.at_boundary(), std::move(top)});
+  length_ += int64_t(bytes.size() - skipped);
+  pending_.push_back({token, logprob, length_, utf8_.at_boundary(), skipped, all_typed, std::move(top)});
   return end_ >= 0;
 }
 
@@ -97,17 +133,19 @@ void TextCut::release(bool last, Piece* piece) {
     int64_t begin = released_;
     for (; count < pending_.size() && (end_ < 0 || begin < end_ || pending_[count].end == end_); ++count) begin = pending_[count].end;
   } else {
-    int64_t safe = length_ - stops_.held();
+    int64_t safe = length_ - std::max(stops_.held(), code_.held());
     for (size_t i = 0; i < pending_.size() && pending_[i].end <= safe; ++i)
       if (pending_[i].boundary) count = i + 1;
   }
   for (size_t i = 0; i < count; ++i) {
     const Token& t = pending_[i];
+    if (piece->tokens.empty()) piece->skipped = t.skipped;
     piece->tokens.push_back(t.id);
     piece->logprobs.push_back(t.logprob);
     piece->top.append(t.top);
+    piece->typed += t.typed;
     int64_t size = (last && end_ >= 0 ? std::min(t.end, end_) : t.end) - released_;
-    if (size > 0) piece->text.append((*table_)[size_t(t.id)], 0, size_t(size));
+    if (size > 0) piece->text.append((*table_)[size_t(t.id)], t.skipped, size_t(size));
     released_ = t.end;
   }
   pending_.erase(pending_.begin(), pending_.begin() + int64_t(count));

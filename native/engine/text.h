@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "engine/code_stops.h"
+
 namespace codefuse {
 
 // Bytes of every token id; ids beyond the table have none.
@@ -63,14 +65,25 @@ struct Piece {
   std::vector<float> logprobs;  // [tokens]
   TopTokens top;                // [tokens, as many as were pushed with each]
   std::string text;             // the bytes of tokens; in the last piece possibly less than all of the last token
+  size_t skipped = 0;           // bytes of the first token in front of text: the end of what was typed
+  size_t typed = 0;             // tokens that lie wholly in what was typed; with include_typed only
+};
+
+// What ends the text of one request.
+struct TextEnd {
+  std::vector<std::string> stops;  // bytes; none empty
+  bool include_stop = false;       // the text ends after the stop string that was found, otherwise before it
+  int min_tokens = 0;              // what is found within so many tokens does not count
+  unsigned at = 0;                 // of StopAt
+  std::string before, after;       // the text in front of the cursor and behind it, for `at`
 };
 
 // The output text of one request.
 class TextCut {
  public:
-  // Matches that end within the first min_tokens tokens do not count. include_stop: the text ends after the stop string
-  // that was found, otherwise before it.
-  TextCut(const TokenBytes* table, std::vector<std::string> stops, bool include_stop, int min_tokens);
+  // typed: bytes at the beginning of the output that belong to the prompt. Stop strings are looked for behind them, tokens that
+  // lie wholly in them do not count. They are no part of the text and their tokens of no piece, unless include_typed.
+  TextCut(const TokenBytes* table, TextEnd end, size_t typed = 0, bool include_typed = false);
 
   // Adds a token; true when the text ends in it.
   bool push(int32_t token, float logprob, TopTokens top = {});
@@ -78,8 +91,10 @@ class TextCut {
   // the text are dropped.
   void release(bool last, Piece* piece);
 
-  int pushed() const { return pushed_; }
-  const std::string& matched() const { return matched_; }  // stop string found, or empty
+  int pushed() const { return pushed_; }  // tokens that count
+  bool typing() const { return typed_ > 0; }  // typed bytes are still to come
+  // The stop string found, or "stop_at:" and the name of what was; empty before.
+  const std::string& matched() const { return matched_; }
 
  private:
   struct Token {
@@ -87,14 +102,22 @@ class TextCut {
     float logprob;
     int64_t end;    // offset of its end in the text
     bool boundary;  // a character ends there
+    size_t skipped;  // its bytes in front of the text
+    bool typed;      // it lies wholly in what was typed
     TopTokens top;
   };
 
+  int64_t found(uint8_t byte, bool counts);
+
   const TokenBytes* table_;
+  int suffix_stop_;  // index of the stop string that the suffix makes, if it makes one
   StopMatcher stops_;
+  CodeStops code_;
   Utf8Boundary utf8_;
   bool include_stop_;
   int min_tokens_;
+  size_t typed_;  // typed bytes still to come
+  bool include_typed_;
   int pushed_ = 0;
   std::vector<Token> pending_;
   int64_t released_ = 0, length_ = 0;  // bytes released, bytes seen
