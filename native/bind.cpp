@@ -72,6 +72,18 @@ py::typing::List<Output> poll(Outbox& box, std::optional<double> timeout_s) {
   return out;
 }
 
+py::typing::Dict<py::str, py::float_> load_stats(const Engine& engine) {
+  const LoadStats s = engine.runner().load_stats();
+  py::typing::Dict<py::str, py::float_> d;
+  d["device_s"] = s.device_s;
+  d["weights_s"] = s.weights_s;
+  d["verified_s"] = s.verified_s;
+  d["total_s"] = s.total_s;
+  d["weight_bytes"] = double(s.weight_bytes);
+  d["verified_bytes"] = double(s.verified_bytes);
+  return d;
+}
+
 py::typing::Dict<py::str, py::object> stats(const Engine& engine) {
   const EngineStats s = engine.stats();
   py::dict finished;
@@ -239,7 +251,8 @@ PYBIND11_MODULE(_native, m) {
       .def_property_readonly("max_len", [](const Engine& e) { return e.runner().limits().max_len; })
       .def_property_readonly("vocab", [](const Engine& e) { return e.runner().config().vocab; })
       .def_property_readonly("eos_ids", [](const Engine& e) { return e.runner().config().eos_ids; })
-      .def_property_readonly("weight_bytes", [](const Engine& e) { return e.runner().weight_bytes(); });
+      .def_property_readonly("weight_bytes", [](const Engine& e) { return e.runner().weight_bytes(); })
+      .def_property_readonly("load_stats", &load_stats);
 
   bind_formats(m);
   bind_testing(m);

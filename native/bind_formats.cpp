@@ -1,4 +1,4 @@
-// _native.pack, unpack and decode: a quantizer's choices <-> the canonical layout (formats/format.h).
+// _native.pack, unpack and decode: a quantizer's choices <-> the canonical layout (formats/format.h); xxh3_64.
 #include "bind_formats.h"
 
 #include <pybind11/stl.h>
@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/check.h"
+#include "core/xxh3.h"
 
 namespace py = pybind11;
 using namespace codefuse;
@@ -115,6 +116,14 @@ py::array_t<float> decode(const std::string& format, const py::object& weight) {
   return out;
 }
 
+uint64_t checksum(const py::array& data) {
+  if (!(data.flags() & py::array::c_style)) throw ValueError("data: expected a contiguous array");
+  const void* const bytes = data.data();
+  const size_t size = size_t(data.nbytes());
+  py::gil_scoped_release unlocked;
+  return xxh3_64(bytes, size);
+}
+
 }  // namespace
 
 HostMatrix host_matrix(const std::string& format, const py::object& weight) {
@@ -152,5 +161,6 @@ void bind_formats(py::module_& m) {
   m.def("unpack", &unpack, py::arg("format"), py::arg("parts"), "The codes that pack took.");
   m.def("unpack_words", &unpack_words_of, py::arg("words"), py::arg("interleaved"),
         "The 4-bit codes in int32 words [R, C] of a GPTQ or (interleaved) AWQ checkpoint: uint8 [R, 8 C].");
+  m.def("xxh3_64", &checksum, py::arg("data"), "XXH3 (64 bits) of a contiguous array's bytes: the checksums of config.json. Runs without the GIL.");
   m.def("decode", &decode, py::arg("format"), py::arg("weight"), "The values as float32; weight as pack returns it, or an array of plain elements.");
 }

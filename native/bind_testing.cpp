@@ -299,7 +299,11 @@ class TestOps {
     return result;
   }
 
-  Matrix matrix(const py::object& weight, const std::string& format) { return ops_->load_matrix(host_matrix(format, weight)); }
+  Matrix matrix(const py::object& weight, const std::string& format) {
+    const Matrix m = ops_->load_matrix({host_matrix(format, weight)});
+    ops_->finish_loading();
+    return m;
+  }
 
   const float* vector(const MaybeFloats& v) {
     if (!v) return nullptr;
@@ -308,7 +312,9 @@ class TestOps {
     m.cols = v->size();
     m.stride = size_t(v->size()) * 4;
     m.data = reinterpret_cast<const uint8_t*>(v->data());
-    return ops_->load_vector(m);
+    const float* const out = ops_->load_vector(m);
+    ops_->finish_loading();
+    return out;
   }
 
   py::ssize_t rows(const py::dict& batch) { return to_batch(batch).rows(); }

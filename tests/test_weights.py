@@ -6,7 +6,9 @@ import struct
 
 import numpy as np
 import pytest
+import xxhash
 
+from codefuse_triton import Engine, _native
 from codefuse_triton._native import LoadError
 
 pytest.importorskip("torch")
@@ -19,9 +21,22 @@ def good(tmp_path_factory):
 
 
 @pytest.fixture
-def copy(good, tmp_path):
+def whole(good, tmp_path):
     shutil.copytree(good, tmp_path / "w")
     return tmp_path / "w"
+
+
+@pytest.fixture
+def copy(whole):
+    """Without sizes and checksums, which would show every change made here."""
+    set_config(whole, files=None)
+    return whole
+
+
+def set_config(directory, **changes):
+    """None takes a key away."""
+    config = {**json.loads((directory / "config.json").read_text()), **changes}
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
 def parts(directory):
@@ -163,6 +178,102 @@ def test_config_without_a_key(copy, key):
 def test_config_that_is_not_json(copy, text):
     (copy / "config.json").write_text(text)
     refused(copy, "config.json: not valid JSON at byte")
+
+
+def damage(path, at):
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 4
+    path.write_bytes(raw)
+
+
+def data_at(path, tensor):
+    """First byte of a tensor in its file."""
+    raw = path.read_bytes()
+    n = struct.unpack("<Q", raw[:8])[0]
+    return 8 + n + json.loads(raw[8:8 + n])[tensor]["data_offsets"][0]
+
+
+def test_checksums_are_xxh3():
+    """Every length up to some blocks of the hash, and where its ways of hashing begin and end."""
+    data = np.random.default_rng(0).integers(0, 256, 70_000, dtype=np.uint8)
+    for size in (*range(2200), 4095, 4096, 4097, 65_536, 65_537, 70_000):
+        assert _native.xxh3_64(data[:size]) == xxhash.xxh3_64_intdigest(data[:size].tobytes()), size
+    assert _native.xxh3_64(data[3:1500].view(np.uint8)) == xxhash.xxh3_64_intdigest(data[3:1500].tobytes())
+    with pytest.raises(ValueError, match="contiguous"):
+        _native.xxh3_64(data[::2])
+
+
+def test_a_damaged_tensor_is_named(whole):
+    path, _, _ = parts(whole)
+    runner(whole)
+    hashes = json.loads((whole / "config.json").read_text())["files"][0]["tensors"]
+    for tensor in ("embed.weight", "layers.1.norm2.bias", "lm_head.weight"):
+        at = data_at(path, tensor) + 7
+        damage(path, at)
+        refused(whole, rf"{path.name}: tensor {tensor} is damaged: its checksum is [0-9a-f]{{16}}; expected {hashes[tensor]}")
+        refused(whole, f"tensor {tensor} is damaged", tensor_parallel=2)
+        damage(path, at)
+    runner(whole)
+
+
+def test_damage_is_what_is_named_even_if_it_shows_elsewhere(whole):
+    path, _, _ = parts(whole)
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"layers.1.qkv.weight", b"layers.1.qkw.weight"))
+    refused(whole, f"{path.name}: its header is damaged: the file's checksum is [0-9a-f]{{16}}; expected")
+    config = json.loads((whole / "config.json").read_text())
+    del config["files"][0]["tensors"]  # as written by earlier versions
+    (whole / "config.json").write_text(json.dumps(config))
+    refused(whole, f"{path.name}: damaged: the file's checksum is")
+    path.write_bytes(raw)
+    runner(whole)
+
+
+def test_files_are_those_of_the_config(whole):
+    path, header, data = parts(whole)
+    size = path.stat().st_size
+    with open(path, "ab") as f:
+        f.write(b"x")
+    refused(whole, f"{path.name}: has {size + 1} bytes; expected {size} as in config.json$")
+    header["more.weight"] = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    path.write_bytes(path.read_bytes()[:size])
+    rewrite(whole / "more.safetensors", {"more.weight": header["more.weight"]}, b"")
+    refused(whole, "more.safetensors: not one of the files of config.json")
+    (whole / "more.safetensors").unlink()
+    runner(whole)
+    path.rename(whole / "other.safetensors")
+    refused(whole, f"{path.name}: missing; config.json lists it with {size} bytes")
+
+
+@pytest.mark.parametrize("files, message", [
+    ("all", r'files is "all"; expected an array'), ([7], r"files\[0\] is 7; expected an object"), ([{}], r"files\[0\].name is missing"),
+    ([{"name": "a", "bytes": -1}], r"files\[0\].bytes is -1; expected an integer, 0 or more"),
+    ([{"name": "a", "bytes": 1, "xxh3_64": "12"}], r'files\[0\].xxh3_64 is "12"; expected 16 hexadecimal digits'),
+    ([{"name": "a", "bytes": 1, "xxh3_64": "0" * 16, "tensors": {"t": 5}}], r"files\[0\].tensors.t is 5; expected 16 hexadecimal digits"),
+])
+def test_bad_records_of_files(copy, files, message):
+    set_config(copy, files=files)
+    refused(copy, message)
+
+
+def test_files_of_another_version_or_architecture(copy):
+    path, header, data = parts(copy)
+    rewrite(path, {**header, "__metadata__": {**header["__metadata__"], "version": "7"}}, data)
+    refused(copy, f'{path.name}: version is "7" in its metadata; expected "1"')
+    rewrite(path, {**header, "__metadata__": {**header["__metadata__"], "architecture": "llama"}}, data)
+    refused(copy, f'{path.name}: architecture is "llama" in its metadata; expected "gpt_neox" as in config.json')
+    rewrite(path, header, data)
+    runner(copy)
+    (copy / "config.json").write_text(json.dumps({"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox"}))
+    refused(copy, "config.json: has architectures, so it is a Hugging Face config; .* tools/convert.py")
+
+
+def test_loading_reports_what_it_read(good):
+    with Engine(good, device="cpu", threads=2) as engine:
+        stats = engine.load_stats
+    path, _, data = parts(good)
+    assert stats["verified_bytes"] == path.stat().st_size and stats["weight_bytes"] >= len(data)
+    assert 0 < stats["verified_s"] <= stats["total_s"] and stats["device_s"] + stats["weights_s"] <= stats["total_s"]
 
 
 def test_damaged_headers_never_crash(copy):

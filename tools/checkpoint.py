@@ -63,8 +63,8 @@ def is_weights_directory(directory: Path) -> bool:
     return (directory / "config.json").is_file() and "format_version" in read_json(directory / "config.json")
 
 
-def read_safetensors(path: Path) -> dict[str, TensorInfo]:
-    """Header of one safetensors file (https://github.com/huggingface/safetensors#format), checked against its size."""
+def _header(path: Path) -> tuple[dict, int]:
+    """The header of a safetensors file and its size in bytes."""
     size = path.stat().st_size
     with open(path, "rb") as f:
         n = int.from_bytes(f.read(8), "little")
@@ -74,6 +74,19 @@ def read_safetensors(path: Path) -> dict[str, TensorInfo]:
             header = json.loads(f.read(n))
         except ValueError as e:
             raise CheckpointError(f"{path}: header is not JSON ({e})") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: expected a JSON object as header, found {type(header).__name__}")
+    return header, n
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors: __metadata__, empty if it has none."""
+    return dict(_header(path)[0].get("__metadata__", {}))
+
+
+def read_safetensors(path: Path) -> dict[str, TensorInfo]:
+    """Header of one safetensors file (https://github.com/huggingface/safetensors#format), checked against its size."""
+    size, (header, n) = path.stat().st_size, _header(path)
     tensors = {}
     for name, entry in header.items():
         if name == "__metadata__":

@@ -14,12 +14,13 @@ from typing import Callable, Iterable
 
 import numpy as np
 import xxhash
+from codefuse_triton import _native
 
 from checkpoint import BF16, CheckpointError
 from rounding import GROUPS, check_format
 
 FORMAT_VERSION = 1
-SHARD_BYTES = 4 << 30
+SHARD_BYTES = 2 << 30  # files are the unit in which checksums are verified side by side
 _NAMES = {np.dtype("<f4"): "F32", np.dtype("<f2"): "F16", BF16: "BF16", np.dtype("i1"): "I8", np.dtype("u1"): "U8"}
 _ALIGN = 64  # of every tensor in the file, so that mapped rows suit vector loads
 
@@ -77,7 +78,7 @@ def _write_shard(path: Path, tensors: list[Planned], metadata: dict[str, str], p
         at += t.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + 8) % _ALIGN)
-    digest, size = xxhash.xxh3_64(), 0
+    digest, size, checksums = xxhash.xxh3_64(), 0, {}
     with open(path, "wb") as f:
         def put(data) -> None:
             nonlocal size
@@ -91,13 +92,14 @@ def _write_shard(path: Path, tensors: list[Planned], metadata: dict[str, str], p
             if value.shape != t.shape or value.dtype != t.dtype:
                 raise AssertionError(f"{t.name}: {value.dtype}{value.shape}, planned {t.dtype}{t.shape}")
             raw = value.reshape(-1).view(np.uint8)
+            checksums[t.name] = f"{_native.xxh3_64(raw):016x}"
             for begin in range(0, raw.nbytes, 16 << 20):
                 part = raw[begin:begin + (16 << 20)]
                 put(memoryview(part))
                 progress(part.nbytes)
         f.flush()
         os.fsync(f.fileno())
-    return {"name": path.name, "bytes": size, "xxh3_64": digest.hexdigest()}
+    return {"name": path.name, "bytes": size, "xxh3_64": digest.hexdigest(), "tensors": checksums}
 
 
 def check_target(directory: Path) -> None:
@@ -133,7 +135,8 @@ def write_weights(directory: Path, config: dict, tensors: Iterable[Planned], tok
     temp = directory / f".convert-{os.getpid()}"
     temp.mkdir()
     try:
-        metadata = {"format": "codefuse-triton", "version": str(FORMAT_VERSION), "source": str(config.get("source", ""))}
+        metadata = {"format": "codefuse-triton", "version": str(FORMAT_VERSION), "source": str(config.get("source", "")),
+                    "architecture": str(config.get("architecture", ""))}
         shards = _shards(list(tensors))
         files = [
             _write_shard(temp / f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors", shard, metadata, progress)

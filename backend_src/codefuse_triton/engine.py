@@ -141,6 +141,7 @@ class Engine:
         self.dtype: str = native.dtype
         self.max_len: int = native.max_len
         self.weight_bytes: int = native.weight_bytes
+        self.load_stats: dict[str, float] = native.load_stats  # what loading took: device_s, weights_s, verified_s, total_s; weight_bytes, verified_bytes
         self._eos_ids: list[int] = list(native.eos_ids)
         stats = native.stats()
         self._room = min(native.max_len, stats["pages"] * stats["page_tokens"])  # tokens of one request

@@ -78,6 +78,10 @@ class Fields {
 ModelConfig parse_model_config(const std::string& json_text, const std::string& path) {
   const Json json = parse_json(json_text.data(), json_text.size(), path);
   const Fields f(json, path);
+  if (!json.find("format_version"))
+    for (const char* key : {"architectures", "model_type"})
+      if (json.find(key))
+        throw LoadError(cat(path, ": has ", key, ", so it is a Hugging Face config; expected that of a weights directory, which tools/convert.py makes from it"));
   f.integer("format_version", 1, 1);
 
   ModelConfig c;

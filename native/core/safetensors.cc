@@ -19,6 +19,8 @@ namespace fs = std::filesystem;
 namespace {
 
 constexpr uint64_t kMaxHeader = 100'000'000;  // bytes; the limit of the format's own implementation
+constexpr const char* kFormat = "codefuse-triton";  // of tools/weights_writer.py's files, with
+constexpr const char* kVersion = "1";
 
 struct Entry {
   std::string name;
@@ -68,6 +70,20 @@ MappedFile::~MappedFile() {
   if (data_) ::munmap(const_cast<uint8_t*>(data_), size_);
 }
 
+void populate(const uint8_t* data, size_t bytes) {
+#ifndef MADV_POPULATE_READ
+  constexpr int MADV_POPULATE_READ = 22;  // Linux 5.14; an older one says that it does not know it, and faults will do
+#endif
+  const size_t page = size_t(::sysconf(_SC_PAGESIZE)), begin = reinterpret_cast<size_t>(data) / page * page;
+  ::madvise(reinterpret_cast<void*>(begin), reinterpret_cast<size_t>(data) + bytes - begin, MADV_POPULATE_READ);
+}
+
+size_t bytes_of(const TensorView& t) {
+  size_t bytes = size_of(t.element);
+  for (int64_t d : t.shape) bytes *= size_t(d);
+  return bytes;
+}
+
 std::string shown_shape(const std::vector<int64_t>& shape) {
   std::string s = "[";
   for (size_t i = 0; i < shape.size(); ++i) s += cat(i ? ", " : "", shape[i]);
@@ -91,8 +107,8 @@ Weights::Weights(const std::string& directory) : directory_(directory) {
 }
 
 void Weights::add_file(const std::string& path) {
-  files_.push_back(std::make_unique<MappedFile>(path));
-  const MappedFile& file = *files_.back();
+  files_.emplace_back(new WeightsFile{fs::path(path).filename().string(), "", MappedFile(path)});
+  const MappedFile& file = files_.back()->memory;
   if (file.size() < 8) throw LoadError(cat(path, ": expected a safetensors file, found ", file.size(), " bytes"));
   uint64_t header_size = 0;
   for (int i = 7; i >= 0; --i) header_size = header_size << 8 | file.data()[i];
@@ -106,6 +122,13 @@ void Weights::add_file(const std::string& path) {
 
   const Json* metadata = header.find("__metadata__");
   if (metadata && !metadata->is(Json::Kind::object)) throw LoadError(cat(path, ": __metadata__ is ", metadata->shown(), "; expected an object"));
+  const auto said = [&](const char* key) {
+    const Json* v = metadata ? metadata->find(key) : nullptr;
+    return v ? v->string : std::string();
+  };
+  if (said("format") == kFormat && said("version") != kVersion)
+    throw LoadError(cat(path, ": version is \"", said("version"), "\" in its metadata; expected \"", kVersion, "\": written by another version of the tools"));
+  files_.back()->architecture = said("architecture");
   std::vector<Entry> entries;
   for (size_t i = 0; i < header.keys.size(); ++i) {
     const std::string& name = header.keys[i];

@@ -26,6 +26,9 @@ class MappedFile {
   size_t size_ = 0;
 };
 
+// Maps the pages of [data, data + bytes) at once, where the system can: much cheaper than a fault for every few of them.
+void populate(const uint8_t* data, size_t bytes);
+
 enum class Element : uint8_t { f32, f16, bf16, i8, u8 };
 
 inline size_t size_of(Element e) { return e == Element::f32 ? 4 : e == Element::f16 || e == Element::bf16 ? 2 : 1; }
@@ -39,7 +42,14 @@ struct TensorView {
   std::string file;               // for messages
 };
 
+size_t bytes_of(const TensorView& t);
 std::string shown_shape(const std::vector<int64_t>& shape);  // "[96, 32]"
+
+struct WeightsFile {
+  std::string name;          // in its directory
+  std::string architecture;  // of its metadata; empty: it does not say
+  MappedFile memory;
+};
 
 // Every tensor of the *.safetensors files of a directory. The mappings live as long as this.
 class Weights {
@@ -58,12 +68,14 @@ class Weights {
   // LoadError names a tensor that is not in `used`: the model would not be the one that the files describe.
   void check_all_used(const std::set<std::string>& used) const;
   const std::string& directory() const { return directory_; }
+  const std::vector<std::unique_ptr<WeightsFile>>& files() const { return files_; }
+  const std::map<std::string, TensorView>& tensors() const { return tensors_; }
 
  private:
   void add_file(const std::string& path);
 
   std::string directory_;
-  std::vector<std::unique_ptr<MappedFile>> files_;
+  std::vector<std::unique_ptr<WeightsFile>> files_;
   std::map<std::string, TensorView> tensors_;
   std::shared_ptr<void> owner_;
 };

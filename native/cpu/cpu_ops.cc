@@ -45,12 +45,32 @@ size_t CpuOps::free_memory() const {
   return kib * 1024;
 }
 
-Matrix CpuOps::load_matrix(const HostMatrix& m) {
+Matrix CpuOps::load_matrix(const std::vector<HostMatrix>& parts) {
   Matrix out;
-  out.host = m;
-  out.rows = m.rows;
-  out.cols = m.cols;
+  out.host = parts.size() == 1 ? parts[0] : joined(parts);
+  out.rows = out.host.rows;
+  out.cols = out.host.cols;
   return out;
+}
+
+HostMatrix CpuOps::joined(const std::vector<HostMatrix>& parts) {
+  HostMatrix all = parts[0];
+  all.rows = 0;
+  for (const HostMatrix& p : parts) all.rows += p.rows;
+  const auto join = [&](const auto& rows_of /*(part) -> HostRows*/, size_t bytes /*of a row*/) {
+    if (bytes == 0) return HostRows{};
+    auto* const data = static_cast<uint8_t*>(alloc(size_t(all.rows) * bytes));
+    uint8_t* to = data;
+    for (const HostMatrix& p : parts)
+      for (int64_t r = 0; r < p.rows; ++r, to += bytes) std::memcpy(to, rows_of(p).row(r), bytes);
+    return HostRows{data, bytes};
+  };
+  const HostRows elements = join([](const HostMatrix& p) { return HostRows{p.data, p.stride}; }, row_bytes(all.format, all.cols));
+  all.data = elements.data;
+  all.stride = elements.stride;
+  all.scale = join([](const HostMatrix& p) { return p.scale; }, scale_bytes(all.format, all.cols));
+  all.zero = join([](const HostMatrix& p) { return p.zero; }, zero_bytes(all.format, all.cols));
+  return all;
 }
 
 const float* CpuOps::load_vector(const HostMatrix& v) {

@@ -26,7 +26,7 @@ class CpuOps final : public Ops {
 
   void* alloc(size_t bytes) override;
   size_t free_memory() const override;
-  Matrix load_matrix(const HostMatrix& m) override;
+  Matrix load_matrix(const std::vector<HostMatrix>& parts) override;
   const float* load_vector(const HostMatrix& v) override;
   void plan(const ModelConfig& config, const Limits& limits, bool replay) override;
 
@@ -54,6 +54,8 @@ class CpuOps final : public Ops {
   void download(void* dst, const void* src, size_t bytes) override;
 
  private:
+  HostMatrix joined(const std::vector<HostMatrix>& parts);  // in memory of our own
+
   void matmul(const MatmulArgs& a);
   void norm_rows(float* y, const float* x, const Norm& n, NormKind kind, float eps, int hidden, int rows);
   float* scratch(int thread, size_t floats);  // grows only when an op is called with more than plan() foresaw

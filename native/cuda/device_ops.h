@@ -2,18 +2,20 @@
 #pragma once
 #include <array>
 #include <map>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "cuda/kernels.h"
+#include "cuda/upload.h"
 #include "ops/ops.h"
 
 namespace codefuse::cuda {
 
 class CudaOps final : public Ops {
  public:
-  CudaOps(int index, DType act);
+  CudaOps(int index, DType act, int threads);
   ~CudaOps() override;
 
   std::string device() const override { return cat("cuda:", index_); }
@@ -22,7 +24,8 @@ class CudaOps final : public Ops {
 
   void* alloc(size_t bytes) override;
   size_t free_memory() const override;
-  Matrix load_matrix(const HostMatrix& m) override;
+  Matrix load_matrix(const std::vector<HostMatrix>& parts) override;
+  void finish_loading() override;
   const float* load_vector(const HostMatrix& v) override;
   void plan(const ModelConfig& config, const Limits& limits, bool replay) override;
 
@@ -55,13 +58,7 @@ class CudaOps final : public Ops {
 
  private:
   // ---- memory.cu
-  struct Bounce {  // weights on their way: pinned host memory and as much on the device
-    void *host = nullptr, *device = nullptr;
-    size_t bytes = 0;
-    cudaEvent_t free = nullptr;
-  };
-  Bounce& bounce(size_t bytes);
-  void drop_bounces();
+  void* allocate(size_t bytes);  // as alloc, but with any content
   void check_overflow();
   void use() const;  // makes this thread's calls go to this device
   template <class T> T* alloc_array(size_t n) { return static_cast<T*>(alloc(n * sizeof(T))); }
@@ -80,8 +77,9 @@ class CudaOps final : public Ops {
   DType act_;
   Stream s_;
   std::vector<void*> owned_;
-  std::array<Bounce, 2> bounces_;
-  int next_bounce_ = 0;
+  const int copy_threads_;
+  std::unique_ptr<Uploader> uploader_;  // while matrices are being loaded
+  std::vector<std::pair<float*, std::vector<float>>> vectors_;  // for finish_loading(): each would wait behind matrices on the bus
   int32_t* overflow_ = nullptr;  // a weight did not fit the compute dtype
 
   ModelConfig config_;

@@ -1,5 +1,6 @@
 // Device memory, weights, and what this machine's driver can do.
-#include <cstring>
+#include <algorithm>
+#include <thread>
 
 #include "cuda/cuda_ops.h"
 #include "cuda/device_ops.h"
@@ -10,7 +11,6 @@ namespace codefuse::cuda {
 
 namespace {
 
-constexpr size_t kBounceBytes = 32 << 20;
 constexpr int kGroupsMax = 1 << 14;  // row groups of one matrix: 4 million rows
 
 // Runs where the build has code for the device; its attributes say which architecture that code was compiled for.
@@ -18,7 +18,8 @@ __global__ void probe() {}
 
 }  // namespace
 
-CudaOps::CudaOps(int index, DType act) : index_(index), act_(act) {
+CudaOps::CudaOps(int index, DType act, int threads)
+    : index_(index), act_(act), copy_threads_(std::clamp((threads > 0 ? threads : int(std::thread::hardware_concurrency())) * 5 / 8, 1, 12)) {
   use();
   cudaFuncAttributes code;
   check(cudaFuncGetAttributes(&code, probe), "this build has no code for this GPU (CODEFUSE_CUDA_ARCHS)");
@@ -36,10 +37,10 @@ CudaOps::CudaOps(int index, DType act) : index_(index), act_(act) {
 
 CudaOps::~CudaOps() {
   cudaSetDevice(index_);
+  uploader_.reset();
   if (s_.stream) cudaStreamSynchronize(s_.stream);
   for (auto& r : recordings_)
     if (r.second.graph) cudaGraphExecDestroy(r.second.graph);
-  drop_bounces();
   for (int i = 0; i < 2; ++i) {
     cudaFreeHost(staging_[i]);
     cudaFreeHost(edits_staging_[i]);
@@ -53,7 +54,7 @@ CudaOps::~CudaOps() {
 
 void CudaOps::use() const { check(cudaSetDevice(index_), "choosing the device"); }
 
-void* CudaOps::alloc(size_t bytes) {
+void* CudaOps::allocate(size_t bytes) {
   use();
   void* p = nullptr;
   cudaError_t e = cudaMalloc(&p, std::max<size_t>(bytes, 16));
@@ -63,6 +64,11 @@ void* CudaOps::alloc(size_t bytes) {
   }
   check(e, "allocating");
   owned_.push_back(p);
+  return p;
+}
+
+void* CudaOps::alloc(size_t bytes) {
+  void* const p = allocate(bytes);
   check(cudaMemsetAsync(p, 0, std::max<size_t>(bytes, 16), s_.stream), "clearing memory");
   return p;
 }
@@ -74,76 +80,37 @@ size_t CudaOps::free_memory() const {
   return free_bytes;
 }
 
-CudaOps::Bounce& CudaOps::bounce(size_t bytes) {
-  Bounce& b = bounces_[next_bounce_];
-  next_bounce_ ^= 1;
-  if (!b.free) check(cudaEventCreateWithFlags(&b.free, cudaEventDisableTiming), "event");
-  check(cudaEventSynchronize(b.free), "uploading weights");
-  if (b.bytes < bytes) {
-    cudaFreeHost(b.host);
-    cudaFree(b.device);
-    b.host = b.device = nullptr;
-    b.bytes = 0;
-    check(cudaMallocHost(&b.host, bytes), "pinned memory for uploading weights");
-    check(cudaMalloc(&b.device, bytes), "memory for uploading weights");
-    b.bytes = bytes;
-  }
-  return b;
-}
-
-void CudaOps::drop_bounces() {
-  for (Bounce& b : bounces_) {
-    if (b.free) cudaEventSynchronize(b.free), cudaEventDestroy(b.free);
-    cudaFreeHost(b.host);
-    cudaFree(b.device);
-    b = Bounce{};
-  }
-}
-
-Matrix CudaOps::load_matrix(const HostMatrix& m) {
+Matrix CudaOps::load_matrix(const std::vector<HostMatrix>& parts) {
   use();
-  if (m.format == Format::q4_g64) throw LoadError(cat(device(), ": format q4_g64 has no CUDA kernels yet; use q4_g128 or q8_row, or device cpu"));
   Matrix out;
-  out.host = m;
+  out.host = parts[0];
+  out.host.rows = 0;
+  for (const HostMatrix& p : parts) out.host.rows += p.rows;
   out.host.data = out.host.scale.data = out.host.zero.data = nullptr;
-  out.rows = m.rows;
-  out.cols = m.cols;
-  if (groups_of(m.rows) > kGroupsMax || m.cols > INT32_MAX) throw LoadError(cat(device(), ": a matrix of ", m.rows, " x ", m.cols, " is too large"));
-  void* data = alloc(act_ == DType::f32 ? size_t(m.rows) * size_t(m.cols) * 4 : matrix_bytes(m.format, m.rows, m.cols));
+  const Format format = out.host.format;
+  if (format == Format::q4_g64) throw LoadError(cat(device(), ": format q4_g64 has no CUDA kernels yet; use q4_g128 or q8_row, or device cpu"));
+  out.rows = out.host.rows;
+  out.cols = out.host.cols;
+  if (groups_of(out.rows) > kGroupsMax || out.cols > INT32_MAX) throw LoadError(cat(device(), ": a matrix of ", out.rows, " x ", out.cols, " is too large"));
+  void* const data = allocate(act_ == DType::f32 ? size_t(out.rows) * size_t(out.cols) * 4 : matrix_bytes(format, out.rows, out.cols));
   out.data = data;
-  const size_t codes = row_bytes(m.format, m.cols), scales = scale_bytes(m.format, m.cols), zeros = zero_bytes(m.format, m.cols);
-  const size_t group = (codes + scales + zeros) * kGroupRows;
-  const int64_t batch = int64_t(std::max<size_t>(1, kBounceBytes / group)) * kGroupRows;  // whole row groups
-  for (int64_t r = 0; r < m.rows; r += batch) {
-    const int64_t count = std::min(batch, m.rows - r);
-    Bounce& b = bounce(std::max(kBounceBytes, group) + 32);
-    size_t at = 0;
-    const auto put = [&](const uint8_t* from, size_t stride, size_t row) {
-      char* const to = static_cast<char*>(b.host) + at;
-      for (int64_t i = 0; i < count;) {  // rows that lie together in one copy
-        const int64_t run = stride == row ? count : 1;
-        std::memcpy(to + size_t(i) * row, from + size_t(r + i) * stride, size_t(run) * row);
-        i += run;
-      }
-      const uint8_t* on_device = static_cast<const uint8_t*>(b.device) + at;
-      at += (size_t(count) * row + 15) / 16 * 16;
-      return on_device;
-    };
-    HostMatrix part = m;
-    part.rows = count;
-    part.data = put(m.data, m.stride, codes);
-    if (scales) part.scale.data = put(m.scale.data, m.scale.stride, scales);
-    if (zeros) part.zero.data = put(m.zero.data, m.zero.stride, zeros);
-    check(cudaMemcpyAsync(b.device, b.host, at, cudaMemcpyHostToDevice, s_.stream), "uploading weights");
-    if (is_quantized(m.format))
-      repack_quantized(s_, act_, part, m.rows, data, r, overflow_);
-    else
-      repack(s_, act_, m.format, b.device, int(count), int(m.cols), data, r, overflow_);
-    check(cudaEventRecord(b.free, s_.stream), "uploading weights");
+  if (!uploader_) {
+    check(cudaStreamSynchronize(s_.stream), "uploading weights");  // overflow_ is cleared there
+    uploader_ = std::make_unique<Uploader>(index_, act_, s_, overflow_, copy_threads_);
   }
-  quantized_ |= is_quantized(m.format);
-  if (planned_) check_overflow();
+  uploader_->add(parts, data);
+  quantized_ |= is_quantized(format);
   return out;
+}
+
+void CudaOps::finish_loading() {
+  use();
+  if (uploader_) uploader_->wait();
+  uploader_.reset();
+  for (const auto& [data, host] : vectors_)
+    check(cudaMemcpyAsync(data, host.data(), host.size() * sizeof(float), cudaMemcpyHostToDevice, s_.stream), "uploading weights");
+  check_overflow();  // waits for the copies
+  vectors_.clear();
 }
 
 void CudaOps::check_overflow() {
@@ -156,8 +123,8 @@ const float* CudaOps::load_vector(const HostMatrix& v) {
   if (v.empty()) return nullptr;
   std::vector<float> host(size_t(v.cols), 0.f);
   decode_row(v, 0, host.data());
-  float* out = alloc_array<float>(host.size());
-  upload(out, host.data(), host.size() * sizeof(float));
+  float* const out = static_cast<float*>(allocate(host.size() * sizeof(float)));
+  vectors_.emplace_back(out, std::move(host));
   return out;
 }
 
@@ -205,12 +172,12 @@ std::string cuda_unavailable() {
   return "";
 }
 
-std::unique_ptr<Ops> make_cuda_ops(int index, DType act) {
+std::unique_ptr<Ops> make_cuda_ops(int index, DType act, int threads) {
   const std::string why = cuda_unavailable();
   if (!why.empty()) throw ValueError(cat("device is 'cuda:", index, "'; CUDA cannot be used here: ", why));
   if (index < 0 || index >= cuda_device_count())
     throw ValueError(cat("device is 'cuda:", index, "'; this machine has cuda:0 to cuda:", cuda_device_count() - 1));
-  return std::make_unique<cuda::CudaOps>(index, act);
+  return std::make_unique<cuda::CudaOps>(index, act, threads);
 }
 
 }  // namespace codefuse

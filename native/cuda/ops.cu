@@ -37,8 +37,7 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
   if (c.head_dim % 8 != 0 || c.head_dim < 8 || c.head_dim > 256)
     throw ValueError(cat("head_dim is ", c.head_dim, "; on CUDA it is a multiple of 8 from 8 to 256"));
   use();
-  drop_bounces();
-  check_overflow();
+  finish_loading();
   config_ = c;
   limits_ = limits;
   replay_ = replay;

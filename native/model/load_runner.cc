@@ -1,5 +1,6 @@
 // From options to a running model: limits, ranks and their threads.
 #include <algorithm>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <functional>
@@ -7,6 +8,7 @@
 #include <optional>
 #include <thread>
 
+#include "core/checksums.h"
 #include "model/model.h"
 #include "model/random_weights.h"
 #include "model/runner.h"
@@ -85,39 +87,27 @@ void in_range(const char* field, int64_t value, int64_t low, int64_t high) {
   if (value < low || value > high) throw ValueError(cat(field, " is ", value, "; expected ", low, " to ", high));
 }
 
+double since(std::chrono::steady_clock::time_point start) { return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(); }
+
 class ModelRunner final : public Runner {
  public:
-  ModelRunner(const RunnerOptions& o, const ModelConfig& config, std::unique_ptr<Weights> weights_read)
+  ModelRunner(const RunnerOptions& o, const ModelConfig& config, std::unique_ptr<Weights> weights_read, std::vector<FileRecord> records)
       : config_(config), files_(std::move(weights_read)), ranks_(o.tensor_parallel) {
-    const Weights& files = *files_;
-    const int world = o.tensor_parallel;
-    rank_.resize(size_t(world));
-    const Element embedded = files.at("embed.weight", {config.vocab, config.hidden}).element;  // never quantized
-    const DType stored = embedded == Element::f16 ? DType::f16 : embedded == Element::bf16 ? DType::bf16 : DType::f32;
-    int threads = o.threads > 0 ? o.threads : int(std::thread::hardware_concurrency());
-    if (world > 1) threads = std::max(1, threads / world);
-    limits_.slots = o.slots;
-    limits_.rows = o.prefill_rows + o.slots;
-    limits_.max_len = o.max_len > 0 ? o.max_len : config.max_positions;
-    std::vector<ModelWeights> weights(static_cast<size_t>(world));
-    ranks_.run([&](int r) {
-      Rank& rank = rank_[size_t(r)];
-      rank.ops = make_ops(o.device, o.dtype, stored, world > 1 ? threads : o.threads);
-      if (world > 1 && rank.ops->device() != "cpu")
-        throw ValueError(cat("tensor_parallel is ", world, "; expected 1 on ", rank.ops->device(), " in this version"));
-      if (world > 1) {
-        rank.comm = std::make_unique<ThreadComm>(ranks_.group(), r);
-      } else {
-        rank.comm = std::make_unique<SingleComm>();
-      }
-      weights[size_t(r)] = load_model_weights(config, files, *rank.ops, *rank.comm);
-    });
-    limits_.pages = plan_pages(o, *rank_[0].ops);
-    ranks_.run([&](int r) {
-      Rank& rank = rank_[size_t(r)];
-      rank.model = std::make_unique<Model>(config, std::move(weights[size_t(r)]), limits_, *rank.ops, *rank.comm);
-    });
-    for (const Rank& rank : rank_) weight_bytes_ += rank.model->weight_bytes();
+    const auto start = std::chrono::steady_clock::now();
+    for (const auto& f : files_->files())
+      if (!f->architecture.empty() && f->architecture != config.architecture)
+        throw LoadError(cat(o.weights, "/", f->name, ": architecture is \"", f->architecture, "\" in its metadata; expected \"", config.architecture, "\" as in config.json"));
+    Verification verification(*files_, std::move(records), verifying_threads());
+    try {
+      load(o, start);
+    } catch (const LoadError&) {
+      verification.wait();  // if the files are damaged, that is what is wrong
+      throw;
+    }
+    verification.wait();
+    stats_.verified_s = verification.seconds();
+    stats_.verified_bytes = verification.bytes();
+    stats_.total_s = since(start);
     if (device() != "cpu") files_.reset();
   }
 
@@ -127,6 +117,7 @@ class ModelRunner final : public Runner {
   std::string dtype() const override { return name_of(rank_[0].ops->act()); }
   int64_t weight_bytes() const override { return weight_bytes_; }
   bool rows_alike() const override { return rank_[0].ops->rows_alike(); }
+  LoadStats load_stats() const override { return stats_; }
 
   void launch(const Batch& batch, int ticket) override {
     ranks_.run([&](int r) {
@@ -160,6 +151,46 @@ class ModelRunner final : public Runner {
     std::unique_ptr<Model> model;
   };
 
+  // Uploading has the other cores.
+  static int verifying_threads() { return std::max(1, int(std::thread::hardware_concurrency()) * 3 / 8); }
+
+  void load(const RunnerOptions& o, std::chrono::steady_clock::time_point start) {
+    const Weights& files = *files_;
+    const ModelConfig& config = config_;
+    const int world = o.tensor_parallel;
+    rank_.resize(size_t(world));
+    const Element embedded = files.at("embed.weight", {config.vocab, config.hidden}).element;  // never quantized
+    const DType stored = embedded == Element::f16 ? DType::f16 : embedded == Element::bf16 ? DType::bf16 : DType::f32;
+    int threads = o.threads > 0 ? o.threads : int(std::thread::hardware_concurrency());
+    if (world > 1) threads = std::max(1, threads / world);
+    limits_.slots = o.slots;
+    limits_.rows = o.prefill_rows + o.slots;
+    limits_.max_len = o.max_len > 0 ? o.max_len : config.max_positions;
+    std::vector<ModelWeights> weights(static_cast<size_t>(world));
+    ranks_.run([&](int r) {
+      Rank& rank = rank_[size_t(r)];
+      rank.ops = make_ops(o.device, o.dtype, stored, world > 1 ? threads : o.threads);
+      if (r == 0) stats_.device_s = since(start);
+      if (world > 1 && rank.ops->device() != "cpu")
+        throw ValueError(cat("tensor_parallel is ", world, "; expected 1 on ", rank.ops->device(), " in this version"));
+      if (world > 1) {
+        rank.comm = std::make_unique<ThreadComm>(ranks_.group(), r);
+      } else {
+        rank.comm = std::make_unique<SingleComm>();
+      }
+      weights[size_t(r)] = load_model_weights(config, files, *rank.ops, *rank.comm);
+      rank.ops->finish_loading();
+    });
+    for (const ModelWeights& w : weights) stats_.weight_bytes += w.loaded;
+    stats_.weights_s = since(start) - stats_.device_s;
+    limits_.pages = plan_pages(o, *rank_[0].ops);
+    ranks_.run([&](int r) {
+      Rank& rank = rank_[size_t(r)];
+      rank.model = std::make_unique<Model>(config, std::move(weights[size_t(r)]), limits_, *rank.ops, *rank.comm);
+    });
+    for (const Rank& rank : rank_) weight_bytes_ += rank.model->weight_bytes();
+  }
+
   int plan_pages(const RunnerOptions& o, const Ops& ops) const {
     const int64_t page = kv_page_bytes(config_, ops.act(), o.tensor_parallel), one = limits_.max_pages();
     int64_t pages = o.kv_bytes / page;
@@ -178,6 +209,7 @@ class ModelRunner final : public Runner {
   Limits limits_;
   std::vector<Rank> rank_;
   int64_t weight_bytes_ = 0;
+  LoadStats stats_;
   Ranks ranks_;
 };
 
@@ -194,8 +226,8 @@ std::unique_ptr<Runner> load_runner(const RunnerOptions& o) {
   const ModelConfig config = parse_model_config(text, path);
   in_range("max_len", o.max_len, 0, config.max_positions);
   const std::optional<RandomSpec> random = parse_random_spec(text, path);
-  return std::make_unique<ModelRunner>(o, config, random ? make_random_weights(config, *random, o.weights)
-                                                         : std::make_unique<Weights>(o.weights));
+  return std::make_unique<ModelRunner>(o, config, random ? make_random_weights(config, *random, o.weights) : std::make_unique<Weights>(o.weights),
+                                       parse_file_records(text, path));
 }
 
 }  // namespace codefuse

@@ -25,10 +25,10 @@ struct ModelWeights {
   Norm final_norm;
   Linear head;                               // [V share, H]
   int64_t bytes = 0;                         // read by one decode step
-  std::vector<std::vector<uint8_t>> joined;  // slices that had to be copied together
+  int64_t loaded = 0;                        // given to the device
 };
 
-// Uploads this rank's share. ValueError if the model cannot be split this way; LoadError names file, tensor, expected, found.
+// Loads this rank's share; finished when ops.finish_loading() is. ValueError if the model cannot be split this way; LoadError names file, tensor, expected, found.
 ModelWeights load_model_weights(const ModelConfig& config, const Weights& files, Ops& ops, const Comm& comm);
 
 class Model {

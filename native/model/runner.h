@@ -20,6 +20,15 @@ struct RunnerOptions {
   int threads = 0;               // CPU threads of all ranks together, 0: all cores
 };
 
+struct LoadStats {
+  double device_s = 0;        // until the devices were ready
+  double weights_s = 0;       // then until the weights were in their memory
+  double verified_s = 0;      // until the checksums were, which runs beside both; 0: the directory has none
+  double total_s = 0;
+  int64_t weight_bytes = 0;   // of the files, given to the devices, all ranks together
+  int64_t verified_bytes = 0;
+};
+
 class Runner {
  public:
   virtual ~Runner() = default;
@@ -29,6 +38,7 @@ class Runner {
   virtual std::string dtype() const = 0;    // compute dtype
   virtual int64_t weight_bytes() const = 0; // read by one decode step
   virtual bool rows_alike() const = 0;      // Ops::rows_alike
+  virtual LoadStats load_stats() const { return {}; }
   // Starts a step; tickets alternate 0, 1. collect(ticket) waits for it.
   virtual void launch(const Batch& batch, int ticket) = 0;
   virtual Sampled collect(int ticket) = 0;

@@ -19,8 +19,8 @@ class Loader {
 
   void run() {
     const int64_t h = c_.hidden, f = c_.intermediate, d = c_.head_dim;
-    out_.embed = ops_.load_matrix(table("embed.weight", c_.vocab, h));
-    if (c_.position == PositionKind::learned) out_.position = ops_.load_matrix(table("position.weight", c_.max_positions, h));
+    out_.embed = load({table("embed.weight", c_.vocab, h)});
+    if (c_.position == PositionKind::learned) out_.position = load({table("position.weight", c_.max_positions, h)});
 
     const Range mlp = share(0, f), heads = share(0, c_.heads * d);
     const std::vector<Range> qkv = {heads, share(c_.heads * d, c_.kv_heads * d), share((c_.heads + c_.kv_heads) * d, c_.kv_heads * d)};
@@ -39,7 +39,7 @@ class Loader {
     out_.final_norm = norm("final_norm");
     const Range vocab = share(0, c_.vocab);
     const std::string head = c_.tied ? "embed" : "lm_head";
-    out_.head.weight = matrix(host(head, c_.vocab, h).row_slice(vocab.begin, vocab.count));
+    out_.head.weight = matrix({host(head, c_.vocab, h).row_slice(vocab.begin, vocab.count)});
     out_.head.bias = bias("lm_head.bias", c_.vocab, {vocab});
     files_.check_all_used(used_);
   }
@@ -114,41 +114,38 @@ class Loader {
     return m;
   }
 
-  HostRows joined(const HostRows& part, const std::vector<Range>& ranges) {
-    if (!part.data) return part;
-    std::vector<uint8_t> bytes;
-    for (const Range& r : ranges) bytes.insert(bytes.end(), part.row(r.begin), part.row(r.begin + r.count));
-    out_.joined.push_back(std::move(bytes));
-    return {out_.joined.back().data(), part.stride};
+  std::vector<HostMatrix> rows_of(const HostMatrix& m, const std::vector<Range>& ranges) const {
+    if (world_ == 1) return {m};
+    std::vector<HostMatrix> parts;
+    for (const Range& r : ranges) parts.push_back(m.row_slice(r.begin, r.count));
+    return parts;
   }
 
-  // The ranges of rows one after the other; a copy only if there are several.
-  HostMatrix rows_of(const HostMatrix& m, const std::vector<Range>& ranges) {
-    if (world_ == 1) return m;
-    if (ranges.size() == 1) return m.row_slice(ranges[0].begin, ranges[0].count);
-    HostMatrix all = m;
-    all.rows = 0;
-    for (const Range& r : ranges) all.rows += r.count;
-    all.data = joined({m.data, m.stride}, ranges).data;
-    all.scale = joined(m.scale, ranges);
-    all.zero = joined(m.zero, ranges);
-    return all;
+  Matrix load(const std::vector<HostMatrix>& parts) {
+    for (const HostMatrix& m : parts) out_.loaded += int64_t(m.bytes());
+    return ops_.load_matrix(parts);
   }
 
-  Matrix matrix(const HostMatrix& m) {
-    out_.bytes += int64_t(m.bytes());
-    return ops_.load_matrix(m);
+  Matrix matrix(const std::vector<HostMatrix>& parts) {
+    for (const HostMatrix& m : parts) out_.bytes += int64_t(m.bytes());
+    return load(parts);
   }
 
   // nullptr if the file has none
   const float* bias(const std::string& name, int64_t n, const std::vector<Range>& ranges) {
     if (!files_.has(name)) return nullptr;
     used_.insert(name);
-    HostMatrix m = rows_of(view(name, files_.at(name, {n}), n, 1), ranges);
-    m.cols = m.rows;
-    m.rows = 1;
-    out_.bytes += m.cols * 4;
-    return ops_.load_vector(m);
+    const HostMatrix whole = view(name, files_.at(name, {n}), n, 1);
+    std::vector<uint8_t> bytes;
+    for (const HostMatrix& m : rows_of(whole, ranges)) bytes.insert(bytes.end(), m.data, m.data + size_t(m.rows) * m.stride);
+    HostMatrix joined = whole;
+    joined.rows = 1;
+    joined.cols = int64_t(bytes.size() / whole.stride);
+    joined.data = bytes.data();
+    joined.stride = bytes.size();
+    out_.bytes += joined.cols * 4;
+    out_.loaded += joined.cols * 4;
+    return ops_.load_vector(joined);
   }
 
   Norm norm(const std::string& name) {
@@ -167,7 +164,7 @@ class Loader {
     if (world_ > 1 && (range.begin % unit || range.count % unit))
       throw ValueError(cat("tensor_parallel is ", world_, ", but the ", cols, " columns of ", name, ".weight in ", name_of(whole.format),
                            " can only be shared in multiples of ", unit));
-    return {matrix(whole.col_slice(range.begin, range.count)), bias(name + ".bias", rows, {{0, rows}})};
+    return {matrix({whole.col_slice(range.begin, range.count)}), bias(name + ".bias", rows, {{0, rows}})};
   }
 
   const ModelConfig& c_;
@@ -192,7 +189,6 @@ ModelWeights load_model_weights(const ModelConfig& config, const Weights& files,
   if (config.vocab < comm.world()) throw ValueError(cat("tensor_parallel is ", comm.world(), ", but the vocab is only ", config.vocab));
   ModelWeights out;
   Loader(config, files, ops, comm, out).run();
-  if (ops.device() != "cpu") out.joined.clear();  // the device has its own copy
   return out;
 }
 

@@ -23,11 +23,11 @@ int device_count() {
 #endif
 }
 
-std::unique_ptr<Ops> cuda_ops(int index, DType act) {
+std::unique_ptr<Ops> cuda_ops(int index, DType act, int threads) {
 #ifdef CODEFUSE_WITH_CUDA
-  return make_cuda_ops(index, act);
+  return make_cuda_ops(index, act, threads);
 #else
-  (void)index, (void)act;
+  (void)index, (void)act, (void)threads;
   throw ValueError("device is 'cuda', but this build has no CUDA");
 #endif
 }
@@ -66,7 +66,7 @@ std::unique_ptr<Ops> make_ops(const std::string& device, const std::string& dtyp
   if (index >= device_count())
     throw ValueError(cat("device is '", device, "', but only ", d.names, " can be used here",
                          d.why_no_cuda.empty() ? "" : cat(" (", d.why_no_cuda, ")")));
-  return cuda_ops(index, dtype == "auto" ? weights : parse_dtype(dtype));
+  return cuda_ops(index, dtype == "auto" ? weights : parse_dtype(dtype), threads);
 }
 
 }  // namespace codefuse

@@ -49,8 +49,12 @@ class Ops {
   // ---- load time -------------------------------------------------------------------------------------------------
   virtual void* alloc(size_t bytes) = 0;               // zero-filled; freed with the Ops; DeviceError says how much was asked
   virtual size_t free_memory() const = 0;              // bytes that alloc could still give
-  virtual Matrix load_matrix(const HostMatrix& m) = 0; // for linear() and embed(); the CPU keeps the pointer
-  virtual const float* load_vector(const HostMatrix& v) = 0;  // [1, n] of any unquantized format -> float32; empty -> nullptr
+  // For linear() and embed(): the rows of the parts, which have one format and as many columns, one below the other. What they point to
+  // must stay until finish_loading(), on the CPU as long as this.
+  virtual Matrix load_matrix(const std::vector<HostMatrix>& parts) = 0;
+  // Returns when every matrix and vector is loaded; before the first step. LoadError for a value that act() cannot hold, DeviceError.
+  virtual void finish_loading() {}
+  virtual const float* load_vector(const HostMatrix& v) = 0;  // [1, n] of any unquantized format -> float32; empty -> nullptr; v is read at once
   // Allocates per-step buffers; called once before the first step. replay: every step has the same body (a model's forward),
   // so a device may record it (CUDA graphs); false in the tests of single ops.
   virtual void plan(const ModelConfig& config, const Limits& limits, bool replay) = 0;
@@ -122,7 +126,7 @@ std::unique_ptr<Ops> make_ops(const std::string& device, const std::string& dtyp
 // threads 0: all cores. kernels: an instruction set of cpu_kernels(), for tests; "": the best.
 std::unique_ptr<Ops> make_cpu_ops(int threads, const std::string& kernels = "");
 std::vector<std::string> cpu_kernels();  // that this processor runs, best first
-std::unique_ptr<Ops> make_cuda_ops(int index, DType act);
+std::unique_ptr<Ops> make_cuda_ops(int index, DType act, int threads);  // threads: as make_ops
 // What this build and machine can use, for messages and Python: {"cpu", "cuda:0", ...}; why_no_cuda is empty or the reason.
 struct Devices {
   std::string names;        // comma separated

@@ -1,0 +1,55 @@
+// Weights on their way to the device: threads that each copy rows from the mapped files into pinned memory, send them and re-tile them
+// there, on a stream of their own, so that copies from the files, the bus and the kernels overlap.
+#pragma once
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "core/dtype.h"
+#include "cuda/device.cuh"
+#include "formats/format.h"
+
+namespace codefuse::cuda {
+
+class Uploader {
+ public:
+  // like: what the device can do; overflow: device memory, set to 1 for a value that act cannot hold.
+  Uploader(int index, DType act, const Stream& like, int32_t* overflow, int threads);
+  ~Uploader();  // drops what has not begun
+  Uploader(const Uploader&) = delete;
+  Uploader& operator=(const Uploader&) = delete;
+
+  // The rows of parts one below the other, for data in device memory, which no earlier work may still write.
+  void add(const std::vector<HostMatrix>& parts, void* data);
+  void wait();  // until all of it is on the device and no part is read any more; DeviceError
+
+ private:
+  struct Piece {  // rows of whole row groups
+    std::vector<HostMatrix> parts;
+    int64_t first_row, total_rows;
+    void* data;
+  };
+  struct Slot;
+  void work();
+  void load(const Piece& piece, Slot& slot, const Stream& s);
+  static size_t fill(const Piece& piece, const Slot& slot, HostMatrix& on_device);
+
+  const int index_;
+  const DType act_;
+  const Stream like_;
+  int32_t* const overflow_;
+  const int threads_most_;
+
+  std::mutex mutex_;
+  std::condition_variable wake_, idle_;
+  std::deque<Piece> pieces_;
+  std::vector<std::thread> threads_;
+  int busy_ = 0;
+  bool stop_ = false;
+  std::exception_ptr error_;
+};
+
+}  // namespace codefuse::cuda
