@@ -302,6 +302,7 @@ void bind_testing_engine(py::module_& module) {
         d["copies"] = copies;
         return d;
       })
+      .def_property_readonly("needs_results", &Scheduler::needs_results)
       .def_property_readonly("running", &Scheduler::running)
       .def_property_readonly("waiting", &Scheduler::waiting)
       .def_property_readonly("free_pages", &Scheduler::free_pages)

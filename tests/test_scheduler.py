@@ -204,6 +204,33 @@ def test_a_sequence_that_waits_runs_one_step_at_a_time():
     assert last["sampled"] == [1, 2, 3] and last["token"][0] == -1 and last["edits"][0] == (4, 3.0, 1.0)
 
 
+@pytest.mark.parametrize("others", [0, 1, 7, 8])
+def test_a_step_is_not_worth_it_when_one_in_eight_waits(others):
+    s = make(slots=10, rows=30, pages=40)
+    for uid in range(others + 1):
+        s.add(uid, [7], 9, waiting=5 if uid == 0 else -1)
+    assert not s.needs_results  # nothing decodes
+    s.schedule()
+    assert s.needs_results == (others < 8)
+    for uid in range(others + 1):
+        s.accept(uid, 1)
+    assert not s.needs_results
+
+
+@pytest.mark.parametrize("others", [1, 12])
+def test_waiting_sequences_run_at_full_speed_unless_they_are_few(others):
+    """The one that waits ends after as many steps as it has tokens, or after twice as many, beside others that go on."""
+    with fake_engine(slots=16, depth=2, max_len=256, pages=128, queue=32, step_us=300) as engine:
+        box = Outbox()
+        left = {engine.submit([1, i], outbox=box, max_tokens=100 if i == 0 else 200, ignore_eos=True, stream=False,
+                              presence_penalty=1.0 if i == 0 else 0.0) for i in range(others + 1)}
+        first = min(left)
+        while first in left:
+            left -= {c.uid for c in box.poll(10)}
+        steps = 100 if others == 1 else 200
+        assert abs(engine.stats()["steps"] - steps) <= 0.1 * steps
+
+
 def test_only_waiting_sequences_wait_for_results():
     s = make(pages=12)
     s.add(1, [7], 3, waiting=9)

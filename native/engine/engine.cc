@@ -216,6 +216,7 @@ void Engine::run() {
 // At most depth_ steps are in flight; the host's work on one overlaps the device's on the next.
 void Engine::serve() {
   while (take_commands()) {
+    while (launches_ > collects_ && scheduler_.needs_results()) collect();
     const bool launched = launch();
     const int64_t in_flight = launches_ - collects_;
     if (!launched && in_flight == 0 && !live_.empty()) throw std::logic_error("scheduler: requests are waiting, but none can run");

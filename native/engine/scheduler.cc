@@ -152,6 +152,16 @@ void Scheduler::admit(Batch* batch, Step* step) {
   }
 }
 
+bool Scheduler::needs_results() const {
+  int decoding = 0, waiting = 0;
+  for (const Sequence* s : running_) {
+    if (!s->prefilled()) continue;
+    ++decoding;
+    waiting += waits(*s);
+  }
+  return waiting > 0 && waiting * 8 >= decoding;
+}
+
 bool Scheduler::waits(const Sequence& s) {
   return s.in_flight > 0 && std::any_of(s.rules.begin(), s.rules.end(), [&](const auto& rule) { return rule->waits(s.generated); });
 }

@@ -64,6 +64,10 @@ class Scheduler {
   // Fills batch and step with the next rows; false when nothing can run before results arrive or requests are added.
   bool schedule(Batch* batch, Step* step);
 
+  // Whether the next step should be scheduled only when results have arrived: at least one in eight sequences that decode waits for
+  // its token. A step without them costs as much as one with them.
+  bool needs_results() const;
+
   // Result of one sample, in step order. False: the sequence is gone, the token is to be dropped.
   bool accept(int64_t uid, int32_t token);
 
