@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from codefuse_triton import Engine, Outbox, Vocab, _native
 from codefuse_triton._native import testing
+from fake_model import fake_engine
 
 torch = pytest.importorskip("torch")
 from helpers import make_neox  # noqa: E402
@@ -234,6 +235,14 @@ def test_stop_strings_end_beams(engine):
     got = engine.generate_many(prompt, 3, max_tokens=12, beam_width=3, ignore_eos=True, stop=[stop])
     assert any(r.finish_reason == "stop" and r.stop_reason == stop for r in got)
     assert not any(stop in r.text for r in got)
+
+
+def test_beams_that_run_out_of_time_are_what_there_is():
+    with fake_engine(slots=8, step_us=3000, max_len=256, pages=64) as e:
+        texts = e.generate_many([5, 6, 7], 3, max_tokens=200, beam_width=4, ignore_eos=True, max_time_ms=60)
+        assert [r.finish_reason for r in texts] == ["time"] * 3
+        assert 2 < texts[0].num_output_tokens == texts[1].num_output_tokens < 40 and len({r.text for r in texts}) == 3
+        assert e.stats()["finished"]["time"] == 3 and e.stats()["running"] == 0
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])

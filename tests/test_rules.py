@@ -99,6 +99,31 @@ def test_presence_and_frequency_count_the_text_only(native, engine, ops, params,
 
 
 @pytest.mark.parametrize("params", SAMPLE, ids=["greedy", "sampled", "top"])
+def test_typed_tokens_are_the_prompts(native, engine, ops, params):
+    """The end of the prompt that the output has to spell again has its tokens penalized as the prompt's are: not for occurring in the text."""
+    prompt, typed, pieces = prompt_of(8), b"abbaba", table()
+
+    def process(tokens, logits):
+        text, seen, counts = b"", set(prompt), np.zeros(VOCAB, np.float32)
+        for t in tokens[len(prompt):]:
+            text += pieces[t]
+            seen.add(t)
+            counts[t] += len(text) > len(typed)
+        repeated = np.isin(np.arange(VOCAB), list(seen))
+        logits = np.where(repeated, np.where(logits > 0, logits / np.float32(1.2), logits * np.float32(1.2)), logits)
+        logits = logits - (np.float32(1.5) + np.float32(0.5) * counts) * (counts > 0)
+        left = typed[len(text):]
+        if left:
+            logits[[t for t, p in enumerate(pieces) if not p or not (p.startswith(left) or left.startswith(p))]] = np.nan
+        return logits
+
+    want = decode(native, ops, prompt, 24, process, **params)
+    got = engine.generate(prompt, max_tokens=18, prefix_bytes=typed, include_typed=True, repetition_penalty=1.2, presence_penalty=1.5, frequency_penalty=0.5,
+                          ignore_eos=True, **params)
+    assert len(got.token_ids) > 18 and got.token_ids.tolist() == want[:len(got.token_ids)] and got.text.encode().startswith(typed)
+
+
+@pytest.mark.parametrize("params", SAMPLE, ids=["greedy", "sampled", "top"])
 def test_bias_is_transformers_and_comes_after_the_repetition_penalty(native, engine, ops, params):
     from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsProcessor
 

@@ -201,8 +201,7 @@ class Engine:
         cache_salt: only requests of the same one reuse each other's computed prompts. beam_width > 1: beam search as transformers does
         it, with length_penalty and early_stopping; beam_diversity_rate times a token's rank among those of its beam is added to its score
         when beams are chosen. The beam_count best texts come at the end, best first, each as one chunk under uids that follow the
-        returned one; logprobs then include what biases and penalties add; not with temperature, top_logprobs or max_time_ms,
-        and without token healing.
+        returned one; logprobs then include what biases and penalties add; not with temperature or top_logprobs, and without token healing.
 
         ValueError names field, value and limit; QueueFull; DeviceError once the device has failed.
         """

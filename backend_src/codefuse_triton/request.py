@@ -220,8 +220,7 @@ def _read_parameters(parameters: Mapping[str, Any], options: _Options) -> None:
 
 def _check_beams(options: _Options) -> None:
     """Beams are not sampled: what clients send without meaning it is let through, the rest refused."""
-    for name, accepted in (("temperature", (0, 1)), ("top_k", (-1, 0, 1)), ("top_p", (0, 1)), ("min_p", (0,)), ("num_log_probs", (0,)),
-                           ("max_time_ms", (0,))):
+    for name, accepted in (("temperature", (0, 1)), ("top_k", (-1, 0, 1)), ("top_p", (0, 1)), ("min_p", (0,)), ("num_log_probs", (0,))):
         value = options.get(name)
         if value is not None and value not in accepted:
             raise ValueError(f"{name} is {_shown(value)}; with beam_width {options.get('beam_width')} it must be "

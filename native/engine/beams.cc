@@ -22,7 +22,6 @@ void Engine::validate_beams(const Request& r) const {
   };
   if (r.sample.temperature != 0) refuse("temperature", r.sample.temperature, 0);
   if (r.sample.top_tokens != 0) refuse("top_logprobs", r.sample.top_tokens, 0);
-  if (r.max_time_ms != 0) refuse("max_time_ms", r.max_time_ms, 0);
   if (!r.prefix.empty()) refuse("prefix_bytes", cat(r.prefix.size(), " bytes"), "none");
 }
 

@@ -125,8 +125,11 @@ void Engine::add_rules(Request& r) const {
     if (!constraint.possible()) throw ValueError(cat("prefix_bytes has ", r.prefix.size(), " bytes; expected what tokens of this model spell"));
     r.rules.push_back(std::make_unique<PrefixRule>(std::move(constraint), runner_->config().vocab, r.eos_ids, r.min_tokens));
   }
-  if (!r.logit_bias.empty() || r.penalties.any() || (r.min_tokens > 0 && !r.eos_ids.empty()))
-    r.rules.push_back(std::make_unique<TokenRules>(r.logit_bias, r.penalties, r.prompt, r.eos_ids, r.min_tokens));
+  if (!r.logit_bias.empty() || r.penalties.any() || (r.min_tokens > 0 && !r.eos_ids.empty())) {
+    auto rules = std::make_unique<TokenRules>(r.logit_bias, r.penalties, r.prompt, r.eos_ids, r.min_tokens);
+    rules->begin_with(r.prefix.size(), &token_bytes_);
+    r.rules.push_back(std::move(rules));
+  }
   if (!r.bad_words.empty()) r.rules.push_back(std::make_unique<BadWords>(word_list(r), r.prompt));
 }
 

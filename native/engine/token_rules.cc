@@ -29,9 +29,19 @@ TokenRules::Entry& TokenRules::entry(int32_t token) {
   return at != entries_.end() && at->token == token ? *at : *entries_.insert(at, {token});
 }
 
+void TokenRules::count(int32_t token) {
+  const size_t bytes = typed_ > 0 && size_t(token) < table_->size() ? (*table_)[size_t(token)].size() : 0;
+  if (bytes > 0 && bytes <= typed_) {
+    entry(token).prompt = true;
+  } else {
+    ++entry(token).count;
+  }
+  typed_ -= std::min(typed_, bytes);
+}
+
 void TokenRules::prepare(const std::vector<int32_t>& generated, int index, LogitChanges* changes) {
   if (penalties_.any())
-    for (; counted_ < generated.size(); ++counted_) ++entry(generated[counted_]).count;
+    for (; counted_ < generated.size(); ++counted_) count(generated[counted_]);
   for (const Entry& e : entries_) {
     float add = e.bias;
     if (e.count > 0) add -= penalties_.presence + penalties_.frequency * float(e.count);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "engine/logit_rules.h"
+#include "engine/text.h"
 
 namespace codefuse {
 
@@ -24,6 +25,9 @@ class TokenRules final : public LogitRules {
   TokenRules(const LogitBias& bias, const Penalties& penalties, const std::vector<int32_t>& prompt, const std::vector<int32_t>& end_ids, int min_tokens,
              const std::vector<int32_t>& text = {});
 
+  // So many bytes at the beginning of the output are the prompt's; tokens that lie wholly in them are no tokens of the text.
+  void begin_with(size_t typed, const TokenBytes* table) { typed_ = typed, table_ = table; }
+
   bool waits(const std::vector<int32_t>&) override { return penalties_.any(); }
   void prepare(const std::vector<int32_t>& generated, int index, LogitChanges* changes) override;
 
@@ -36,11 +40,14 @@ class TokenRules final : public LogitRules {
     bool end = false;
   };
   Entry& entry(int32_t token);
+  void count(int32_t token);
 
   const Penalties penalties_;
   const int min_tokens_;
   std::vector<Entry> entries_;  // tokens ascending
   size_t counted_ = 0;          // generated tokens
+  size_t typed_ = 0;            // bytes still to come
+  const TokenBytes* table_ = nullptr;
 };
 
 }  // namespace codefuse
