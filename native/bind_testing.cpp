@@ -227,6 +227,17 @@ class TestOps {
     return read(to);
   }
 
+  Floats take_columns(const py::dict& batch, const Floats& x, const py::array_t<int32_t>& order) {
+    if (x.ndim() != 2 || order.ndim() != 1 || x.shape(1) != order.size()) throw ValueError("order: expected one index per column of x");
+    for (py::ssize_t i = 0; i < order.size(); ++i)
+      if (order.at(i) < 0 || order.at(i) >= x.shape(1)) throw ValueError("order: expected columns of x");
+    void* indices = ops_->alloc(size_t(order.size()) * sizeof(int32_t));
+    ops_->upload(indices, order.data(), size_t(order.size()) * sizeof(int32_t));
+    Buffer from = in(x, ops_->act()), y = out({rows(batch), x.shape(1)}, ops_->act());
+    run(batch, [&] { ops_->take_columns(y.data, from.data, static_cast<const int32_t*>(indices), x.shape(1)); });
+    return read(y);
+  }
+
   Floats gather_logit_rows(const py::dict& batch, const Floats& x) {
     const Batch b = to_batch(batch);
     Buffer from = in(x, DType::f32), y = out({b.samples(), x.shape(1)}, DType::f32);
@@ -411,6 +422,7 @@ void bind_testing(py::module_& module) {
       .def("rope_attention", &TestOps::rope_attention, "batch"_a, "qkv"_a, "k"_a, "v"_a, "heads"_a, "kv_heads"_a)
       .def("zero", &TestOps::zero, "batch"_a, "y"_a)
       .def("add", &TestOps::add, "batch"_a, "y"_a, "x"_a)
+      .def("take_columns", &TestOps::take_columns, "batch"_a, "x"_a, "order"_a)
       .def("gather_logit_rows", &TestOps::gather_logit_rows, "batch"_a, "x"_a)
       .def("sample", &TestOps::sample, "batch"_a, "logits"_a)
       .def_property_readonly("top_tokens", &TestOps::top_tokens);

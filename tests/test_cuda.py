@@ -229,6 +229,7 @@ def test_sums_and_gathering(both, n):
     both.same("add", rows_batch(3, 67), y, x, eps=0)
     both.same("zero", rows_batch(3, 67), y, eps=0)
     both.same("gather_logit_rows", rows_batch(3, 67, [0, 69, 5, 5]), x, eps=0)
+    both.same("take_columns", rows_batch(3, 67), both.round(x), rng.permutation(n).astype(np.int32), eps=0)
 
 
 ATTENTION = [dict(heads=4, kv_heads=4, head_dim=64, rope_dim=64), dict(heads=4, kv_heads=1, head_dim=128, rope_dim=32),

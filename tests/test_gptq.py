@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import calibration  # noqa: E402
 import gptq_layers  # noqa: E402
 import quantize as tool  # noqa: E402
 import torch_model  # noqa: E402
-from checkpoint import CheckpointError  # noqa: E402
+from checkpoint import CheckpointError, read_safetensors  # noqa: E402
 from gptq import DAMPING, Gptq, Grid, row_errors  # noqa: E402
 from rounding import FORMATS, GROUPS, round_to_nearest  # noqa: E402
 from weights_writer import Planned, write_weights  # noqa: E402
@@ -283,3 +284,48 @@ def test_refusals(tmp_path, model, monkeypatch, capsys):
     assert "none.txt: no such file" in told and "bad.jsonl: not JSON lines" in told
     assert "--method gptq needs the package torch, which is not installed" in told
     assert not (tmp_path / "q").exists()
+
+
+def test_bad_weights_are_refused_and_leave_nothing(tmp_path, model):
+    native, text = model
+    damaged = tmp_path / "damaged"
+    shutil.copytree(native, damaged)
+    file, = damaged.glob("*.safetensors")
+    raw = bytearray(file.read_bytes())
+    at = read_safetensors(file)["layers.2.mlp_down.weight"].load().offset
+    raw[at:at + 2] = np.float16(np.inf).tobytes()
+    file.write_bytes(raw)
+    for target in ("q", "earlier"):
+        if target == "earlier":
+            tool.quantize(native, tmp_path / target, "q8_row", **QUIET)
+        before = files(tmp_path / target) if target == "earlier" else {}
+        with pytest.raises(CheckpointError, match="layers.2.mlp_down.weight holds 1 NaN or Inf"):
+            tool.quantize(damaged, tmp_path / target, "q4_g64", gptq=gptq_of(text), **QUIET)
+        assert files(tmp_path / target) == before if before else not (tmp_path / target).exists()
+
+
+@pytest.mark.parametrize("embedding,lm_head,stored", [("", "keep", ("F16", "F16")), ("f32", "q4_g64", ("F32", "U8")), ("bf16", "q8_row", ("BF16", "I8"))])
+def test_embedding_and_lm_head(tmp_path, model, embedding, lm_head, stored):
+    native, text = model
+    tool.quantize(native, tmp_path / "q", "q4_g64", lm_head, embedding=embedding, gptq=gptq_of(text), **QUIET)
+    file, = (tmp_path / "q").glob("*.safetensors")
+    raw = file.read_bytes()
+    header = json.loads(raw[8:8 + int.from_bytes(raw[:8], "little")])
+    assert (header["embed.weight"]["dtype"], header["lm_head.weight"]["dtype"]) == stored and header["layers.0.qkv.bias"]["dtype"] == "F16"
+    with pytest.raises(CheckpointError, match="embedding is 'q8_row'; expected auto, f32, f16, bf16: it is looked up by row and never quantized"):
+        tool.quantize(native, tmp_path / "q", "q4_g64", embedding="q8_row", **QUIET)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no CUDA device")
+@pytest.mark.parametrize("format", FORMATS)
+def test_on_a_gpu_it_is_as_good(tmp_path, model, format):
+    native, text = model
+    loss = {}
+    for device in ("cpu", "cuda"):
+        tool.quantize(native, tmp_path / device, format, gptq=gptq_of(text, device=device), **QUIET)
+    tool.quantize(native, tmp_path / "nearest", format, **QUIET)
+    tokens = np.random.default_rng(0).integers(3, 259, 120).tolist()
+    want = prompt_logits(runner(native), tokens)
+    loss = {d: float(np.square(prompt_logits(runner(tmp_path / d), tokens) - want).mean()) for d in ("cpu", "cuda", "nearest")}
+    assert loss["cuda"] < 1.2 * loss["cpu"] and loss["cuda"] < 1.2 * loss["nearest"], loss

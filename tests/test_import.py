@@ -8,10 +8,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from codefuse_triton import _native
+from codefuse_triton import LoadError, _native, devices
 
 torch = pytest.importorskip("torch")
 from helpers import make_neox, prompt_logits, runner  # noqa: E402
+from test_cuda import greedy  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import convert  # noqa: E402
@@ -23,6 +24,7 @@ HEADS, D, LAYERS = 4, 64, 2
 TOKENS = np.random.default_rng(1).integers(0, 131, 40).tolist()
 SHAPES = {"attention.query_key_value": (768, 256), "attention.dense": (256, 256), "mlp.dense_h_to_4h": (512, 256), "mlp.dense_4h_to_h": (256, 512)}
 OURS = {"attention.query_key_value": "qkv", "attention.dense": "attn_out", "mlp.dense_h_to_4h": "mlp_up", "mlp.dense_4h_to_h": "mlp_down"}
+DOWN = ("mlp.dense_4h_to_h",)
 QUIET = dict(tokenizer=False, progress=contextlib.nullcontext(lambda n: None))
 
 
@@ -128,13 +130,15 @@ def check_codes(c: Checkpoint, target: Path, format: str) -> None:
             want = [codes[:, order], scale[:, of[order][::size]], zero[:, of[order][::size]]]
             if kind == "mlp.dense_h_to_4h":
                 want = [x[folded] for x in want]
+            stored_order = stored.get(f"layers.{i}.{ours}.order")
+            if kind in DOWN or (np.diff(of) >= 0).all():
+                assert stored_order is None
+            else:
+                np.testing.assert_array_equal(stored_order, order)
             parts = {p: stored[f"layers.{i}.{ours}.{p}"] for p in ("weight", "scale", "zero")}
             got = [_native.unpack(format, parts), parts["scale"], parts["zero"]]
             for x, y in zip(got, want):
                 np.testing.assert_array_equal(x, our_rows(kind, y))
-
-
-DOWN = ("mlp.dense_4h_to_h",)
 
 
 @pytest.mark.parametrize("options,format", [
@@ -142,6 +146,7 @@ DOWN = ("mlp.dense_4h_to_h",)
     (dict(method="gptq", group=64, file="gptq_model-4bit-64g.bin", old=True), "q4_g64"), (dict(method="gptq", group=64, file="gptq_model-4bit-64g.safetensors", old=True), "q4_g64"),
     (dict(method="gptq", group=64, version="gptq_v2", scales=np.float32), "q4_g64"), (dict(method="gptq", group=-1), "q4_g128"), (dict(method="gptq", group=256), "q4_g128"),
     (dict(method="gptq", group=64, ordered=DOWN), "q4_g64"), (dict(method="gptq", group=128, ordered=DOWN), "q4_g128"),
+    (dict(method="gptq", group=64, ordered=tuple(SHAPES)), "q4_g64"), (dict(method="gptq", group=128, ordered=tuple(SHAPES), version="gptq_v2"), "q4_g128"),
     (dict(method="awq", group=128), "q4_g128"), (dict(method="awq", group=64, old=True), "q4_g64"),
 ], ids=lambda v: v if isinstance(v, str) else "-".join(str(x if isinstance(x, (str, int)) else k) for k, x in v.items()))
 def test_codes_are_kept_and_the_model_is_the_same(tmp_path, original, options, format):
@@ -169,15 +174,27 @@ def test_quantize_keeps_them_and_takes_the_lm_head(tmp_path, original):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("ordered,message", [
-    (("attention.query_key_value",), "query_key_value.g_idx: the groups of inputs do not lie together .desc_act.* the residual stream"),
-    (("mlp.dense_h_to_4h",), "dense_h_to_4h.g_idx: .* the residual stream"), (("attention.dense",), "attention.dense.g_idx: .* attention's output"),
-])
-def test_orders_that_cannot_be_folded_are_refused(tmp_path, original, ordered, message):
-    Checkpoint(tmp_path / "c", original, "gptq", 64, ordered)
-    with pytest.raises(CheckpointError, match=message):
-        convert.convert(tmp_path / "c", tmp_path / "native", **QUIET)
-    assert not (tmp_path / "native").exists()
+def test_an_order_of_columns(tmp_path, original):
+    """One that is not a permutation is refused, as is sharing its columns; sharing rows is not."""
+    Checkpoint(tmp_path / "c", original, "gptq", 64, ("attention.query_key_value", "mlp.dense_h_to_4h", *DOWN))
+    convert.convert(tmp_path / "c", tmp_path / "native", **QUIET)
+    want = prompt_logits(runner(tmp_path / "native"), TOKENS)
+    assert np.abs(prompt_logits(runner(tmp_path / "native", tensor_parallel=2), TOKENS) - want).max() <= 2e-5 * np.abs(want).max()
+    Checkpoint(tmp_path / "d", original, "gptq", 64, ("attention.dense",))
+    convert.convert(tmp_path / "d", tmp_path / "shared", **QUIET)
+    with pytest.raises(ValueError, match="tensor_parallel is 2, but the columns of layers.0.attn_out.weight are in an order of their own"):
+        runner(tmp_path / "shared", tensor_parallel=2)
+
+    file, = (tmp_path / "native").glob("*.safetensors")
+    raw = file.read_bytes()
+    at = read_safetensors(file)["layers.1.mlp_up.order"].load().offset
+    first, second = np.frombuffer(raw, np.int32, 2, at)
+    config = json.loads((tmp_path / "native" / "config.json").read_text())
+    (tmp_path / "native" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "files"}))  # its checksum would tell first
+    for value, message in ((second, f"layers.1.mlp_up.order has {second} twice; expected every column from 0 to 255 once"), (256, "has 256; expected"), (-1, "has -1; expected")):
+        file.write_bytes(raw[:at] + np.int32(value).tobytes() + raw[at + 4:])
+        with pytest.raises(LoadError, match=message):
+            runner(tmp_path / "native")
 
 
 @pytest.mark.parametrize("change,message", [
@@ -223,6 +240,18 @@ def test_damaged_checkpoints_are_refused(tmp_path, original):
     (c.directory / "b.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match="a.safetensors, b.safetensors: expected one .safetensors file or a shard index"):
         convert.convert(c.directory, tmp_path / "native", **QUIET)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not any(d.startswith("cuda") for d in devices()[0]), reason="no CUDA device")
+def test_an_order_of_columns_on_a_gpu(tmp_path, original):
+    Checkpoint(tmp_path / "c", original, "gptq", 128, tuple(SHAPES))
+    convert.convert(tmp_path / "c", tmp_path / "native", **QUIET)
+    want = prompt_logits(runner(tmp_path / "native"), TOKENS)
+    for dtype, eps in (("float32", 1e-5), ("float16", 1e-2), ("bfloat16", 0.11)):
+        r = runner(tmp_path / "native", device="cuda", dtype=dtype)
+        assert np.abs(prompt_logits(r, TOKENS) - want).max() <= 4 * eps * np.abs(want).max()
+        assert greedy(r, [TOKENS[:n] for n in (3, 17, 40)], 20, True) == greedy(r, [TOKENS[:n] for n in (3, 17, 40)], 20, False)
 
 
 # ---- FasterTransformer -----------------------------------------------------------------------------------------------------------

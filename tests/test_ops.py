@@ -174,6 +174,8 @@ def test_embed_positions_and_sums(ops):
     same_bits(ops.add(b, x, x * 2), x + x * 2)
     same_bits(ops.zero(b, x), np.zeros_like(x))
     same_bits(ops.gather_logit_rows(b, x), x[[3, 0, 40]])
+    order = np.random.default_rng(3).permutation(33).astype(np.int32)
+    same_bits(ops.take_columns(b, x, order), x[:, order])
 
 
 # ---- rope and attention ------------------------------------------------------------------------------------------------------------

@@ -30,11 +30,11 @@ _OWN = {"format_version", "files", "tokenizer_files", "source", "random"}  # key
 
 
 def _kinds(tensors: dict[str, tuple[TensorInfo, str]]) -> list[dict[str, Any]]:
-    """tensors: name -> (tensor, format id). One row per name without its layer, format and shape; scales and zeros count to their matrix."""
+    """tensors: name -> (tensor, format id). One row per name without its layer, format and shape; scales, zeros and orders count to their matrix."""
     rows: dict[tuple[str, str, tuple[int, ...]], dict[str, Any]] = {}
     for name, (info, _) in tensors.items():
         base, _, part = name.rpartition(".")
-        owner = f"{base}.weight" if part in ("scale", "zero") and f"{base}.weight" in tensors else name
+        owner = f"{base}.weight" if part in ("scale", "zero", "order") and f"{base}.weight" in tensors else name
         matrix, format = tensors[owner]
         key = re.sub(r"^layers\.\d+\.", "layers.*.", owner), format or _IDS.get(matrix.dtype.name, matrix.dtype.name), matrix.shape
         row = rows.setdefault(key, {"tensor": key[0], "format": key[1], "stored_shape": list(key[2]), "count": 0, "bytes": 0})

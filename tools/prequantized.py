@@ -4,10 +4,10 @@ GPTQ (AutoGPTQ, GPTQModel, transformers): qweight [K / 8, N] and qzeros [groups,
 g_idx [K], the group of each input. In checkpoint_format "gptq" a zero is stored less 1 (0 as 15), in "gptq_v2" as it is.
 AWQ (version gemm): qweight [K, N / 8], qzeros [groups, N / 8] in its own order within a word, scales [groups, N].
 
-desc_act: groups of inputs that do not lie together become so by re-ordering a matrix's columns, which is exact where what computes the
-inputs can be re-ordered as well. That is so for mlp_down: the rows of mlp_up (and mlp_gate), which only an element-wise function separates
-from it. The inputs of the others are the residual stream, normalized, which all layers share in one order, and attention's output, whose
-order within a head is tied to that of the values: they are refused, unless their groups lie together (static groups).
+desc_act: groups of inputs that do not lie together become so by re-ordering a matrix's columns, and its inputs with them. Those of mlp_down
+are re-ordered where they are computed: only an element-wise function separates them from the rows of mlp_up (and mlp_gate). The inputs of
+the others are the residual stream, normalized, which all layers share in one order, and attention's output, whose order the heads decide:
+there the order is stored, NAME.order, and the engine gathers the inputs.
 """
 
 from __future__ import annotations
@@ -155,17 +155,10 @@ def plan_quantized(plan: Plan, method: Method, stored: dict[str, TensorInfo], pl
             used |= {base + p for p in _PARTS if base + p in stored}
     if not matrices:
         raise CheckpointError(f"the config says {method.name}, but the checkpoint has no .qweight of a matrix that is known")
-    rows: dict[str, np.ndarray] = {}  # of what computes re-ordered inputs, by the name before .weight and .bias
+    rows: dict[str, np.ndarray] = {}  # of what computes mlp_down's inputs, by the name before .weight and .bias
     for name, m in matrices.items():
-        if m.order is None:
-            continue
-        layer, _, kind = name.removesuffix(".weight").rpartition(".")
-        if kind != "mlp_down":
-            why = "attention's output, whose order the heads decide" if kind == "attn_out" else "the residual stream, which all layers share in one order"
-            raise CheckpointError(f"tensor {m.base}.g_idx: the groups of inputs do not lie together (desc_act), and they cannot be brought together exactly: "
-                                  f"the inputs are {why}. Quantize the original with tools/quantize.py --method gptq, or take a checkpoint "
-                                  "with desc_act false or static groups")
-        rows |= {f"{layer}.{producer}": m.order for producer in ("mlp_up", "mlp_gate")}
+        if m.order is not None and name.endswith(".mlp_down.weight"):
+            rows |= {f"{name.removesuffix('mlp_down.weight')}{producer}": m.order for producer in ("mlp_up", "mlp_gate")}
     formats = {format_of(method, m.columns) for m in matrices.values()}
     format = "q4_g64" if "q4_g64" in formats else "q4_g128"
     tensors: list[Planned] = []
@@ -174,6 +167,9 @@ def plan_quantized(plan: Plan, method: Method, stored: dict[str, TensorInfo], pl
         if name in matrices:
             m = matrices[name]
             tensors += planned_matrix(name, source.shape, format, lambda m=m, source=source, order=order: m.parts(format, source, order))
+            if m.order is not None and not name.endswith(".mlp_down.weight"):
+                columns = m.order.astype(np.int32)
+                tensors.append(Planned(f"{name.removesuffix('.weight')}.order", columns.shape, columns.dtype, lambda columns=columns: columns))
             continue
         hf_name = source.hf_name if source.hf_name in stored else source.alias
         if hf_name not in stored:

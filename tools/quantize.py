@@ -192,7 +192,7 @@ def quantize(source: Path, target: Path, format: str, lm_head: str = "", dtype: 
                 make = partial(run.parts, t.name) if run else partial(_rounded, t, formats[t.name])
                 planned += planned_matrix(t.name, t.shape, formats[t.name], make)
                 continue
-            if imported and (t.format or t.name.endswith((".scale", ".zero"))):
+            if imported and (t.format or t.name.endswith((".scale", ".zero", ".order"))):
                 planned.append(t)
                 continue
             kept = (embedding or dtype) if t.name in _TABLES else dtype

@@ -21,7 +21,7 @@ from rounding import GROUPS, check_format
 
 FORMAT_VERSION = 1
 SHARD_BYTES = 2 << 30  # files are the unit in which checksums are verified side by side
-_NAMES = {np.dtype("<f4"): "F32", np.dtype("<f2"): "F16", BF16: "BF16", np.dtype("i1"): "I8", np.dtype("u1"): "U8"}
+_NAMES = {np.dtype("<f4"): "F32", np.dtype("<f2"): "F16", BF16: "BF16", np.dtype("i1"): "I8", np.dtype("u1"): "U8", np.dtype("<i4"): "I32"}
 _ALIGN = 64  # of every tensor in the file, so that mapped rows suit vector loads
 
 

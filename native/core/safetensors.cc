@@ -28,7 +28,7 @@ struct Entry {
 };
 
 bool parse_element(const std::string& s, Element& out) {
-  for (Element e : {Element::f32, Element::f16, Element::bf16, Element::i8, Element::u8})
+  for (Element e : {Element::f32, Element::f16, Element::bf16, Element::i8, Element::u8, Element::i32})
     if (s == name_of(e)) return out = e, true;
   return false;
 }
@@ -42,6 +42,7 @@ const char* name_of(Element e) {
     case Element::bf16: return "BF16";
     case Element::i8: return "I8";
     case Element::u8: return "U8";
+    case Element::i32: return "I32";
   }
   return "";
 }

@@ -29,9 +29,9 @@ class MappedFile {
 // Maps the pages of [data, data + bytes) at once, where the system can: much cheaper than a fault for every few of them.
 void populate(const uint8_t* data, size_t bytes);
 
-enum class Element : uint8_t { f32, f16, bf16, i8, u8 };
+enum class Element : uint8_t { f32, f16, bf16, i8, u8, i32 };
 
-inline size_t size_of(Element e) { return e == Element::f32 ? 4 : e == Element::f16 || e == Element::bf16 ? 2 : 1; }
+inline size_t size_of(Element e) { return e == Element::f32 || e == Element::i32 ? 4 : e == Element::f16 || e == Element::bf16 ? 2 : 1; }
 const char* name_of(Element e);  // "F32": as in the files
 
 struct TensorView {

@@ -24,6 +24,11 @@ void CpuOps::linear(void* y, const void* x, const Linear& w, const Activation* a
   matmul(a);
 }
 
+void CpuOps::take_columns(void* y, const void* x, const int32_t* order, int64_t k) {
+  for (int64_t t = 0; t < batch_->rows(); ++t)
+    for (int64_t i = 0; i < k; ++i) static_cast<float*>(y)[t * k + i] = static_cast<const float*>(x)[t * k + order[i]];
+}
+
 void CpuOps::linear_add(float* y, const void* x, const Linear& w, bool add_bias) {
   MatmulArgs a;
   a.w = w.weight.host;

@@ -103,6 +103,7 @@ void to_float32(const Stream& s, Format format, const void* src, int64_t n, floa
 
 void embed(const Stream& s, DType act, float* x, const void* table, const StepMeta& m, int T, int hidden, int vocab);
 void add_position(const Stream& s, DType act, float* x, const void* table, const StepMeta& m, int T, int hidden);
+void take_columns(const Stream& s, DType act, void* y, const void* x, const int32_t* order, int T, int64_t k);
 void gather_rows(const Stream& s, float* y, const float* x, const int32_t* row, int S, int hidden);
 void norm(const Stream& s, DType act, void* y, const float* x, const Norm& n, NormKind kind, float eps, int T, int hidden);
 // two norms of the same x; each equals norm() bit for bit

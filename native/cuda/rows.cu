@@ -41,6 +41,20 @@ __global__ void gather(float* __restrict__ y, const float* __restrict__ x, const
   for (int i = threadIdx.x; i < hidden; i += blockDim.x) y[to + i] = x[from + i];
 }
 
+template <class T>
+__global__ void take(T* __restrict__ y, const T* __restrict__ x, const int32_t* __restrict__ order, int64_t k) {
+  launch_dependents();
+  const int64_t i = int64_t(blockIdx.y) * blockDim.x + threadIdx.x;
+  const int32_t from = i < k ? order[i] : 0;
+  grid_wait();
+  if (i < k) y[blockIdx.x * k + i] = x[blockIdx.x * k + from];
+}
+
+template <class T>
+void run_take(const Stream& s, void* y, const void* x, const int32_t* order, int rows, int64_t k) {
+  launch(s, take<T>, dim3(unsigned(rows), unsigned((k + 255) / 256)), 256, 0, static_cast<T*>(y), static_cast<const T*>(x), order, k);
+}
+
 __global__ void zero_all(float* y, int64_t n) {
   launch_dependents();
   grid_wait();
@@ -77,6 +91,9 @@ void add_position(const Stream& s, DType act, float* x, const void* table, const
   act == DType::f16 ? run_position<__half>(s, x, table, m, T, hidden) : run_position<__nv_bfloat16>(s, x, table, m, T, hidden);
 }
 
+void take_columns(const Stream& s, DType act, void* y, const void* x, const int32_t* order, int T, int64_t k) {
+  act == DType::f32 ? run_take<float>(s, y, x, order, T, k) : run_take<uint16_t>(s, y, x, order, T, k);
+}
 void gather_rows(const Stream& s, float* y, const float* x, const int32_t* row, int S, int hidden) { launch(s, gather, S, 256, 0, y, x, row, hidden); }
 void zero(const Stream& s, float* y, int64_t n) { launch(s, zero_all, blocks_for(n), 256, 0, y, n); }
 void add(const Stream& s, float* y, const float* x, int64_t n) { launch(s, add_all, blocks_for(n), 256, 0, y, x, n); }

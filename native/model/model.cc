@@ -1,5 +1,7 @@
 #include "model/model.h"
 
+#include <algorithm>
+
 namespace codefuse {
 
 Model::Model(const ModelConfig& config, ModelWeights weights, const Limits& limits, Ops& ops, Comm& comm)
@@ -16,6 +18,12 @@ Model::Model(const ModelConfig& config, ModelWeights weights, const Limits& limi
   attended_ = ops.alloc(t * size_t(heads_) * d * act);
   up_ = ops.alloc(t * f * act);
   if (config.gated) gated_ = ops.alloc(t * f * act);
+  size_t columns = 0;
+  for (const Layer& layer : weights_.layers)
+    for (const Linear* w : {&layer.qkv, &layer.attn_out, &layer.mlp_up, &layer.mlp_gate, &layer.mlp_down})
+      if (w->order) columns = std::max(columns, size_t(w->weight.cols));
+  for (void*& buffer : ordered_)
+    if (columns) buffer = ops.alloc(t * columns * act);
   last_ = floats(s * h);
   last_normed_ = ops.alloc(s * h * act);
   logits_ = floats(s * v);
@@ -29,6 +37,12 @@ Model::Model(const ModelConfig& config, ModelWeights weights, const Limits& limi
   ops.plan(config, limits, true);
 }
 
+const void* Model::input(const Linear& w, const void* x, int buffer) {
+  if (!w.order) return x;
+  ops_.take_columns(ordered_[buffer], x, w.order, w.weight.cols);
+  return ordered_[buffer];
+}
+
 // x += the sum over ranks of what parts(y) adds to y
 template <class F>
 void Model::add_to_residual(int rows, const F& parts) {
@@ -40,17 +54,17 @@ void Model::add_to_residual(int rows, const F& parts) {
 }
 
 void Model::attention_block(Layer& layer, const void* normed) {
-  ops_.linear(qkv_, normed, layer.qkv);
+  ops_.linear(qkv_, input(layer.qkv, normed), layer.qkv);
   ops_.rope_attention(attended_, qkv_, layer.kv, config_, heads_, kv_heads_);
 }
 
 void Model::mlp_block(Layer& layer, const void* normed) {
   if (config_.gated) {
-    ops_.linear(gated_, normed, layer.mlp_gate);
-    ops_.linear(up_, normed, layer.mlp_up);
+    ops_.linear(gated_, input(layer.mlp_gate, normed), layer.mlp_gate);
+    ops_.linear(up_, input(layer.mlp_up, normed), layer.mlp_up);
     ops_.gate(up_, gated_, up_, config_.activation, intermediate_);
   } else {
-    ops_.linear(up_, normed, layer.mlp_up, &config_.activation);
+    ops_.linear(up_, input(layer.mlp_up, normed), layer.mlp_up, &config_.activation);
   }
 }
 
@@ -62,9 +76,11 @@ void Model::parallel_layer(Layer& layer, int rows) {
   } else {
     ops_.norm(normed_, x_, layer.norm1, config_.norm, config_.norm_eps, config_.hidden);
   }
-  ops_.linear_pair(qkv_, normed_, layer.qkv, nullptr, up_, two ? normed2_ : normed_, layer.mlp_up, &config_.activation);
+  const void *to_qkv = input(layer.qkv, normed_), *to_up = input(layer.mlp_up, two ? normed2_ : normed_, 1);
+  ops_.linear_pair(qkv_, to_qkv, layer.qkv, nullptr, up_, to_up, layer.mlp_up, &config_.activation);
   ops_.rope_attention(attended_, qkv_, layer.kv, config_, heads_, kv_heads_);
-  add_to_residual(rows, [&](float* y) { ops_.linear_add_pair(y, attended_, layer.attn_out, up_, layer.mlp_down, comm_.rank() == 0); });
+  const void *to_out = input(layer.attn_out, attended_), *to_down = input(layer.mlp_down, up_, 1);
+  add_to_residual(rows, [&](float* y) { ops_.linear_add_pair(y, to_out, layer.attn_out, to_down, layer.mlp_down, comm_.rank() == 0); });
 }
 
 void Model::forward(const Batch& batch) {
@@ -83,16 +99,16 @@ void Model::forward(const Batch& batch) {
     norm(layer.norm1);
     attention_block(layer, normed_);
     if (config_.residual == ResidualKind::serial) {
-      add_to_residual(rows, [&](float* y) { ops_.linear_add(y, attended_, layer.attn_out, first); });
+      add_to_residual(rows, [&](float* y) { ops_.linear_add(y, input(layer.attn_out, attended_), layer.attn_out, first); });
       norm(layer.norm2);
       mlp_block(layer, normed_);
-      add_to_residual(rows, [&](float* y) { ops_.linear_add(y, up_, layer.mlp_down, first); });
+      add_to_residual(rows, [&](float* y) { ops_.linear_add(y, input(layer.mlp_down, up_), layer.mlp_down, first); });
     } else {
       if (config_.residual == ResidualKind::parallel_two_norms) norm(layer.norm2);
       mlp_block(layer, normed_);
       add_to_residual(rows, [&](float* y) {
-        ops_.linear_add(y, attended_, layer.attn_out, first);
-        ops_.linear_add(y, up_, layer.mlp_down, first);
+        ops_.linear_add(y, input(layer.attn_out, attended_), layer.attn_out, first);
+        ops_.linear_add(y, input(layer.mlp_down, up_), layer.mlp_down, first);
       });
     }
   }

@@ -41,6 +41,7 @@ class Model {
   int64_t weight_bytes() const { return weights_.bytes; }
 
  private:
+  const void* input(const Linear& w, const void* x, int buffer = 0);  // x [T, K], in w's order
   void attention_block(Layer& layer, const void* normed);
   void mlp_block(Layer& layer, const void* normed);
   void parallel_layer(Layer& layer, int rows);
@@ -54,6 +55,7 @@ class Model {
   const int heads_, kv_heads_, intermediate_;  // this rank's
   float *x_, *partial_ = nullptr;              // [T, H]: the residual stream; this rank's part of a sum
   void *normed_, *normed2_ = nullptr, *qkv_, *attended_, *up_, *gated_ = nullptr;
+  void* ordered_[2] = {};                      // [T, the most columns] where a linear layer has an order
   std::vector<KvLayer> kv_;                    // [layers]
   float *last_, *local_logits_, *logits_;      // [S, H], [S, V share], [S, V]
   void* last_normed_;                          // [S, H]

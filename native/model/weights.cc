@@ -1,5 +1,6 @@
 // Names, shapes and per-rank slices of the weights.
 #include <algorithm>
+#include <cstring>
 #include <set>
 
 #include "model/model.h"
@@ -153,18 +154,39 @@ class Loader {
     return {bias(name + ".weight", c_.hidden, {{0, c_.hidden}}), bias(name + ".bias", c_.hidden, {{0, c_.hidden}})};
   }
 
+  // The order of a matrix's columns (I32), nullptr if the file has none
+  const int32_t* order(const std::string& name, int64_t cols) {
+    if (!files_.has(name)) return nullptr;
+    used_.insert(name);
+    const TensorView& t = files_.at(name, {cols}, Element::i32);
+    std::vector<int32_t> values(static_cast<size_t>(cols));
+    std::memcpy(values.data(), t.data, values.size() * sizeof(int32_t));
+    std::vector<bool> seen(values.size());
+    for (int32_t v : values) {
+      if (v < 0 || v >= cols || seen[size_t(v)]) fail(name, t, cat("has ", v, v < 0 || v >= cols ? "" : " twice", "; expected every column from 0 to ", cols - 1, " once"));
+      seen[size_t(v)] = true;
+    }
+    void* out = ops_.alloc(values.size() * sizeof(int32_t));
+    ops_.upload(out, values.data(), values.size() * sizeof(int32_t));
+    out_.bytes += cols * int64_t(sizeof(int32_t));
+    out_.loaded += cols * int64_t(sizeof(int32_t));
+    return static_cast<const int32_t*>(out);
+  }
+
   Linear by_rows(const std::string& name, int64_t rows, int64_t cols, const std::vector<Range>& ranges) {
-    return {matrix(rows_of(host(name, rows, cols), ranges)), bias(name + ".bias", rows, ranges)};
+    return {matrix(rows_of(host(name, rows, cols), ranges)), bias(name + ".bias", rows, ranges), order(name + ".order", cols)};
   }
 
   // The bias is whole: one rank adds it.
   Linear by_columns(const std::string& name, int64_t rows, int64_t cols, Range range) {
     const HostMatrix whole = host(name, rows, cols);
     const int64_t unit = column_unit(whole.format);
+    if (world_ > 1 && files_.has(name + ".order"))
+      throw ValueError(cat("tensor_parallel is ", world_, ", but the columns of ", name, ".weight are in an order of their own and cannot be shared"));
     if (world_ > 1 && (range.begin % unit || range.count % unit))
       throw ValueError(cat("tensor_parallel is ", world_, ", but the ", cols, " columns of ", name, ".weight in ", name_of(whole.format),
                            " can only be shared in multiples of ", unit));
-    return {matrix({whole.col_slice(range.begin, range.count)}), bias(name + ".bias", rows, {{0, rows}})};
+    return {matrix({whole.col_slice(range.begin, range.count)}), bias(name + ".bias", rows, {{0, rows}}), order(name + ".order", cols)};
   }
 
   const ModelConfig& c_;

@@ -25,6 +25,7 @@ struct Matrix {
 struct Linear {
   Matrix weight;                // [N, K]
   const float* bias = nullptr;  // [N] or nullptr
+  const int32_t* order = nullptr;  // [K] or nullptr: column k multiplies input order[k] (take_columns), which the ops below leave to their caller
 };
 
 struct Norm {
@@ -73,6 +74,8 @@ class Ops {
   virtual void norm(void* y /*[T,H] act*/, const float* x /*[T,H]*/, const Norm& n, NormKind kind, float eps, int hidden) = 0;
   // y = x W^T + b, then the activation if act_fn is given.
   virtual void linear(void* y /*[T,N] act*/, const void* x /*[T,K] act*/, const Linear& w, const Activation* act_fn = nullptr) = 0;
+  // y[t, k] = x[t, order[k]]
+  virtual void take_columns(void* y /*[T,K] act*/, const void* x /*[T,K] act*/, const int32_t* order /*[K]*/, int64_t k) = 0;
   // y += x W^T + b  (b skipped when add_bias is false: it is added on one rank only)
   virtual void linear_add(float* y /*[T,N]*/, const void* x /*[T,K] act*/, const Linear& w, bool add_bias = true) = 0;
   // Two of the above that do not depend on each other, for devices that are faster at both together.
