@@ -1,61 +1,16 @@
 // Sampling by the rule of native/cpu/sample.cc, whose order-dependent sums are integers here too. Every pass over a row is shared by
 // many blocks, and the last to arrive goes on with what all found: the greatest logit and the sum of the exponentials; for a row with
-// edits or a mask a changed copy and its greatest logit; for top_k and
-// top_p the threshold, by three digits of its key, greatest first, from histograms of counts and masses; then the greatest
-// d + noise. A row takes only the passes that its parameters ask for.
-#include "cuda/kernels.h"
-#include "ops/sampling_rule.h"
+// edits or a mask a changed copy and its greatest logit; for top_k and top_p the threshold, by three digits of its key, greatest
+// first, from histograms of counts and masses; then the greatest d + noise. A row takes only the passes that its parameters ask for.
+#include "cuda/sample.cuh"
 
 namespace codefuse::cuda {
 
 namespace {
 
-static_assert(kSampleParts == 32, "one warp combines the parts");
-constexpr int kThreads = 512, kWarps = kThreads / 32;
-constexpr int kEach = 10;                        // logits of a part in a thread's registers
-constexpr int kDigits = 3, kBins = kSampleBins;  // of 11, 11 and 10 bits
+using namespace sampling;
+
 constexpr int kOwnBins = kBins / kThreads;
-using U64 = unsigned long long;
-
-struct Args {
-  const float* logits;  // [S, V]
-  int vocab;
-  bool edited;
-  StepMeta m;
-  SampleScratch scratch;
-};
-
-__device__ __forceinline__ int slot_of(const Args& a, int s) { return a.m.slot[a.m.logit_row[s]]; }
-__device__ __forceinline__ bool is_edited(const Args& a, int s) {
-  return a.edited && (a.m.mask_of[s] >= 0 || a.m.edit_begin[s] < a.m.edit_begin[s + 1]);
-}
-// The logits that the token of sample s is chosen from.
-__device__ __forceinline__ const float* row_of(const Args& a, int s) { return (is_edited(a, s) ? a.scratch.edited : a.logits) + int64_t(s) * a.vocab; }
-__device__ __forceinline__ bool by_count(const SampleParams& p, int vocab) { return p.top_k > 0 && p.top_k < vocab; }
-__device__ __forceinline__ bool by_mass(const SampleParams& p) { return p.top_p < 1.f; }
-
-__device__ __forceinline__ void give(const Args& a, int s, int token) {
-  const float2 top = a.scratch.top[s];
-  a.scratch.token[s] = token;
-  a.scratch.logprob[s] = a.logits[int64_t(s) * a.vocab + token] - top.x - top.y;
-  a.m.last_token[slot_of(a, s)] = token;
-}
-
-// greater key first, then the lower id
-__device__ __forceinline__ U64 ranked(uint32_t key, int id) { return U64(key) << 32 | uint32_t(~id); }
-__device__ __forceinline__ int id_of(U64 ranked) { return int(~uint32_t(ranked)); }
-
-__device__ __forceinline__ U64 block_max(U64 v, U64* parts /*[kWarps]*/) {
-#pragma unroll
-  for (int o = 16; o > 0; o /= 2) v = max(v, __shfl_xor_sync(~0u, v, o));
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
-  __syncthreads();
-  v = parts[0];
-#pragma unroll
-  for (int i = 1; i < kWarps; ++i) v = max(v, parts[i]);
-  return v;
-}
 
 __device__ __forceinline__ U64 block_sum(U64 v, U64* parts /*[kWarps]*/) {
 #pragma unroll
@@ -67,35 +22,6 @@ __device__ __forceinline__ U64 block_sum(U64 v, U64* parts /*[kWarps]*/) {
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) v += parts[i];
   return v;
-}
-
-// True in every thread of the last of a row's blocks to arrive; it sees what the others wrote.
-__device__ __forceinline__ bool last_to_arrive(const Args& a, int s) {
-  __shared__ int is_last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    is_last = atomicAdd(a.scratch.arrived + s, 1) == int(gridDim.x) - 1;
-    if (is_last) a.scratch.arrived[s] = 0;
-  }
-  __syncthreads();
-  if (is_last) __threadfence();
-  return is_last;
-}
-
-__device__ __forceinline__ int begin_of(int64_t n) { return int(n * blockIdx.x / gridDim.x); }
-__device__ __forceinline__ int end_of(int64_t n) { return int(n * (blockIdx.x + 1) / gridDim.x); }
-
-// The greatest logit of the row is known: the choice begins, for a greedy sample it ends.
-__device__ __forceinline__ void start(const Args& a, int s, int token, float most) {
-  const SampleParams p = a.m.sample[s];
-  a.scratch.most[s] = most;
-  a.scratch.token[s] = token;
-  SampleSelect select{};
-  select.threshold = 1;  // everything but NaN
-  select.digits = by_count(p, a.vocab) || by_mass(p) ? 0 : kDigits;
-  a.scratch.select[s] = select;
-  if (!(p.temperature > 0.f)) give(a, s, token);
 }
 
 // exp(x - m), 0 for a row of -inf
@@ -155,90 +81,6 @@ __global__ void __launch_bounds__(kThreads) row_top(const Args a) {
   if (threadIdx.x == 0) {
     a.scratch.top[s] = make_float2(most, float(log(total)));
     if (!is_edited(a, s)) start(a, s, id_of(best), most);
-  }
-}
-
-// Makes the edited rows and finds their greatest logits. grid (kSampleParts, S)
-__global__ void __launch_bounds__(kThreads) edit_rows(const Args a) {
-  __shared__ U64 keys[kWarps];
-  launch_dependents();
-  grid_wait();
-  const int s = blockIdx.y, n = a.vocab;
-  if (slot_of(a, s) < 0 || !is_edited(a, s)) return;
-  const float* raw = a.logits + int64_t(s) * n;
-  float* row = a.scratch.edited + int64_t(s) * n;
-  const int begin = begin_of(n), end = end_of(n), mask = a.m.mask_of[s], last = a.m.edit_begin[s + 1];
-  const uint32_t* allowed = mask < 0 ? nullptr : a.m.masks + int64_t(mask) * mask_words(n);
-  const auto put = [&](int token, float logit) { row[token] = !allowed || rule::allows(allowed, token) ? logit : rule::float_of(0x7fffffffu); };
-  for (int i = begin + threadIdx.x; i < end; i += kThreads) put(i, raw[i]);
-  __syncthreads();
-  for (int i = a.m.edit_begin[s] + threadIdx.x; i < last; i += kThreads) {
-    const LogitEdit e = a.m.edits[i];
-    if (e.token >= begin && e.token < end) put(e.token, rule::edited(raw[e.token], e.add, e.penalty));
-  }
-  __syncthreads();
-  U64 best = 0;
-  for (int i = begin + threadIdx.x; i < end; i += kThreads) best = max(best, ranked(rule::order_key(row[i]), i));
-  best = block_max(best, keys);
-  if (threadIdx.x == 0) __stcg(a.scratch.best + s * kSampleParts + blockIdx.x, best);
-  if (!last_to_arrive(a, s) || threadIdx.x >= kSampleParts) return;
-  best = __ldcg(a.scratch.best + s * kSampleParts + threadIdx.x);
-#pragma unroll
-  for (int o = 16; o > 0; o /= 2) best = max(best, __shfl_xor_sync(~0u, best, o));
-  if (threadIdx.x == 0) start(a, s, id_of(best), __ldcg(row + id_of(best)));
-}
-
-// The most likely tokens of the rows that report them: those of each part, then of all parts. grid (kSampleParts, S)
-__global__ void __launch_bounds__(kThreads) top_tokens(const Args a) {
-  __shared__ U64 keys[kWarps];
-  launch_dependents();
-  grid_wait();
-  const int s = blockIdx.y, n = a.vocab;
-  if (slot_of(a, s) < 0) return;
-  const int k = a.m.sample[s].top_tokens;
-  if (k == 0) return;
-  const float* row = a.m.sample[s].top_edited ? row_of(a, s) : a.logits + int64_t(s) * n;
-  U64* const parts = a.scratch.top_part + s * kSampleParts * kTopTokens;
-  const int end = end_of(n);
-  U64 own[kEach], last = ~U64(0);
-  const int begin = begin_of(n) + threadIdx.x;
-  const auto load = [&](int i0) {
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) own[j] = i0 + j * kThreads < end ? ranked(rule::order_key(row[i0 + j * kThreads]), i0 + j * kThreads) : 0;
-  };
-  load(begin);
-  const bool fits = end - begin_of(n) <= kEach * kThreads;
-  for (int r = 0; r < k; ++r) {
-    U64 best = 0;
-    for (int i0 = begin; i0 < end; i0 += kEach * kThreads) {
-      if (!fits) load(i0);
-#pragma unroll
-      for (int j = 0; j < kEach; ++j)
-        if (own[j] < last) best = max(best, own[j]);
-    }
-    last = block_max(best, keys);
-    if (threadIdx.x == 0) __stcg(parts + blockIdx.x * kTopTokens + r, last);
-  }
-  if (!last_to_arrive(a, s)) return;
-  constexpr int kCandidates = kSampleParts * kTopTokens / kThreads;  // of a thread
-  static_assert(kCandidates <= kEach && kCandidates * kThreads == kSampleParts * kTopTokens);
-#pragma unroll
-  for (int j = 0; j < kCandidates; ++j) {
-    const int i = threadIdx.x + j * kThreads;
-    own[j] = i % kTopTokens < k ? __ldcg(parts + i) : 0;
-  }
-  const float2 top = a.scratch.top[s];
-  last = ~U64(0);
-  for (int r = 0; r < k; ++r) {
-    U64 best = 0;
-#pragma unroll
-    for (int j = 0; j < kCandidates; ++j)
-      if (own[j] < last) best = max(best, own[j]);
-    last = block_max(best, keys);
-    if (threadIdx.x != 0) continue;
-    const int id = last ? id_of(last) : -1;
-    a.scratch.top_token[s * kTopTokens + r] = id;
-    a.scratch.top_logprob[s * kTopTokens + r] = id < 0 ? 0.f : row[id] - top.x - top.y;
   }
 }
 
@@ -422,8 +264,8 @@ void sample(const Stream& s, const float* logits, int vocab, int S, const Sampli
   const Args a{logits, vocab, passes.edited, m, scratch};
   const Sampling kind = passes.kind;
   launch(s, row_top, dim3(kSampleParts, S), kThreads, 0, a);
-  if (passes.edited) launch(s, edit_rows, dim3(kSampleParts, S), kThreads, 0, a);
-  if (passes.top) launch(s, top_tokens, dim3(kSampleParts, S), kThreads, 0, a);
+  if (passes.edited) edit_rows(s, a, S);
+  if (passes.top) top_tokens(s, a, S);
   if (kind == Sampling::greedy) return;
   const dim3 grid(std::clamp(4 * s.sms / S, 8, kSampleParts), S);  // integers: the number of parts changes nothing
   if (kind != Sampling::temperature) {
