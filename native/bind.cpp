@@ -87,7 +87,7 @@ py::typing::Dict<py::str, py::float_> load_stats(const Engine& engine) {
 py::typing::Dict<py::str, py::object> stats(const Engine& engine) {
   const EngineStats s = engine.stats();
   py::dict finished;
-  for (Finish f : {Finish::eos, Finish::stop, Finish::length, Finish::time, Finish::cancelled, Finish::error})
+  for (Finish f : {Finish::eos, Finish::stop, Finish::length, Finish::time, Finish::cancelled, Finish::error, Finish::deadline})
     finished[name_of(f)] = s.finished[size_t(f)];
   py::typing::Dict<py::str, py::object> d;
   d["running"] = s.running;
@@ -143,7 +143,7 @@ int64_t submit(Engine& engine, std::vector<int32_t> prompt, std::shared_ptr<Outb
                float length_penalty, float beam_diversity_rate, bool early_stopping,
                const std::vector<std::string>& stop_at, int max_time_ms,
                const py::bytes& prefix_bytes, bool include_typed, const py::bytes& before, const py::bytes& after, std::vector<int32_t> prefix_ids,
-               std::pair<int, int> truncated_tokens) {
+               std::pair<int, int> truncated_tokens, const py::bytes& session, int64_t beside, int deadline_ms) {
   Request r;
   r.prompt = std::move(prompt);
   r.max_tokens = max_tokens;
@@ -167,6 +167,9 @@ int64_t submit(Engine& engine, std::vector<int32_t> prompt, std::shared_ptr<Outb
   r.after = after;
   r.prefix_ids = std::move(prefix_ids);
   r.truncated_tokens = {truncated_tokens.first, truncated_tokens.second};
+  r.session = session;
+  r.beside = beside;
+  r.deadline_ms = deadline_ms;
   r.outbox = std::move(outbox);
   py::gil_scoped_release unlocked;
   return engine.submit(std::move(r));
@@ -240,6 +243,7 @@ PYBIND11_MODULE(_native, m) {
            py::arg("stop_at") = std::vector<std::string>(), py::arg("max_time_ms") = 0, py::arg("prefix_bytes") = py::bytes(),
            py::arg("include_typed") = false, py::arg("before") = py::bytes(), py::arg("after") = py::bytes(), py::arg("prefix_ids") = std::vector<int32_t>(),
            py::arg("truncated_tokens") = std::pair<int, int>(0, 0),
+           py::arg("session") = py::bytes(), py::arg("beside") = 0, py::arg("deadline_ms") = 0,
            "Uid of the new request, the first of beam_count; its chunks go to outbox.")
       .def("cancel", &Engine::cancel, py::arg("uid"), py::call_guard<py::gil_scoped_release>(),
            "False when the request is unknown or has ended.")

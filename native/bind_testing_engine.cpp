@@ -266,11 +266,11 @@ void bind_testing_engine(py::module_& module) {
         const std::map<std::string, Reuse> kinds{{"none", Reuse::none}, {"same rows", Reuse::same_rows}, {"any rows", Reuse::any_rows}};
         return std::make_unique<Scheduler>(limits_of(slots, rows, max_len, pages), prefill_rows, kinds.at(reuse));
       }), py::kw_only(), py::arg("slots"), py::arg("rows"), py::arg("prefill_rows"), py::arg("max_len"), py::arg("pages"), py::arg("reuse"))
-      .def("add", [](Scheduler& s, int64_t uid, std::vector<int32_t> prompt, int max_tokens, const std::string& salt, int waiting) {
+      .def("add", [](Scheduler& s, int64_t uid, std::vector<int32_t> prompt, int max_tokens, const std::string& salt, int waiting, int64_t ahead_of) {
         RuleList rules;
         if (waiting >= 0) rules.push_back(std::make_unique<ScriptedRule>(waiting, 64));
-        s.add(uid, std::move(prompt), max_tokens, {}, std::move(rules), salt);
-      }, py::arg("uid"), py::arg("prompt"), py::arg("max_tokens"), py::arg("salt") = "", py::arg("waiting") = -1)
+        s.add(uid, std::move(prompt), max_tokens, {}, std::move(rules), salt, ahead_of);
+      }, py::arg("uid"), py::arg("prompt"), py::arg("max_tokens"), py::arg("salt") = "", py::arg("waiting") = -1, py::arg("ahead_of") = 0)
       .def("accept", &Scheduler::accept)
       .def("remove", &Scheduler::remove)
       .def("schedule", [](Scheduler& s) -> py::object {

@@ -342,4 +342,4 @@ def test_stats(engine):
     assert (s["slots"], s["queue"], s["pages"], s["free_pages"], s["page_tokens"]) == (4, 16, 32, 32, 32)
     assert (s["steps"], s["prefill_tokens"], s["decode_tokens"], s["wasted_rows"], s["preemptions"]) == (10, 3, 10, 0, 0)
     assert (s["submitted"], s["refused"], s["running"], s["waiting"], s["error"]) == (1, 0, 0, 0, "")
-    assert s["finished"] == {"eos": 0, "stop": 0, "length": 1, "time": 0, "cancelled": 0, "error": 0} and s["step_s"] > 0
+    assert s["finished"] == {"eos": 0, "stop": 0, "length": 1, "time": 0, "cancelled": 0, "error": 0, "deadline": 0} and s["step_s"] > 0

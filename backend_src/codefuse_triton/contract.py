@@ -134,7 +134,10 @@ OPTIONS = (
     Option("num_log_probs", "INT32", "how many of the most likely tokens to report in the place of each new one", default=0, low=0,
            high=20, json="top_logprobs", submit="top_logprobs"),
     Option("pad_id", "INT32", "accepted; nothing is padded"),
-    Option("session", "STRING", "only empty", neutral=("",)),
+    Option("session", "STRING", "not empty: cancels the request before it of the same session, wherever that is", default="", high=256,
+           submit="session"),
+    Option("deadline_ms", "INT32", "end the request when its first token has not come so many milliseconds after it arrived; 0: never",
+           default=0, low=0, high=INT32_MAX, submit="deadline_ms"),
     Option("cache_salt", "STRING", "requests of different salts reuse nothing of each other's prompts", default="", high=256,
            submit="cache_salt"),
     Option("prediction", "STRING", "only empty", neutral=("",)),
@@ -164,7 +167,7 @@ COUNTS = (
     Tensor("top_log_probs", "FP32", -1, "their log-probabilities"),
 )
 ENDING = (
-    Tensor("finish_reason", "STRING", 1, "last response of an answer: eos, stop, length, time, cancelled or error"),
+    Tensor("finish_reason", "STRING", 1, "last response of an answer: eos, stop, length, time, cancelled, deadline or error"),
     Tensor("stop_reason", "STRING", 1, "last response: the stop string that ended the text, or stop_at: and the name of what did"),
     Tensor("timings", "FP32", 3, "last response: seconds queued, in the prompt, generating"),
 )

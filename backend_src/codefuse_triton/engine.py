@@ -35,7 +35,7 @@ class Result:
     top_token_ids: npt.NDArray[np.int32]  # [len(token_ids), top_logprobs] likeliest first, empty unless asked for
     top_logprobs: npt.NDArray[np.float32]  # and their log-probabilities
     cum_logprob: float
-    finish_reason: str  # eos | stop | length | time | cancelled
+    finish_reason: str  # eos | stop | length | time | cancelled | deadline
     stop_reason: str  # the stop string, or "stop_at:" and the name of what ended the text
     num_input_tokens: int
     num_truncated_tokens: tuple[int, int]  # fill in the middle: those that the prompt and the suffix lost to fit
@@ -179,7 +179,8 @@ class Engine:
                max_time_ms: int = 0, token_healing: bool = True, include_typed: bool = False, prefix_bytes: bytes = b"",
                suffix: str | bytes | Sequence[int] = "", fim_mode: str = "", stream: bool = True, logprobs: bool = False, top_logprobs: int = 0,
                cache_salt: str | bytes = b"", beam_width: int = 1, beam_count: int = 1,
-               length_penalty: float = 1.0, beam_diversity_rate: float = 0.0, early_stopping: bool = False) -> int:
+               length_penalty: float = 1.0, beam_diversity_rate: float = 0.0, early_stopping: bool = False,
+               session: str | bytes = b"", beside: int = 0, deadline_ms: int = 0) -> int:
         """Starts a completion whose chunks go to `outbox`; returns its uid, a positive number never used again.
 
         prompt: text, UTF-8 bytes or token ids. A text may end anywhere: the completion continues its last byte, whatever its tokens
@@ -202,13 +203,16 @@ class Engine:
         it, with length_penalty and early_stopping; beam_diversity_rate times a token's rank among those of its beam is added to its score
         when beams are chosen. The beam_count best texts come at the end, best first, each as one chunk under uids that follow the
         returned one; logprobs then include what biases and penalties add; not with temperature or top_logprobs, and without token healing.
+        session: not empty: the request before it of the same session (and cache_salt) ends as cancelled, within one step and wherever it is,
+        and what it has computed is reused; beside: the uid of a request that this one came together with and does not cancel.
+        deadline_ms: the request ends (finish_reason "deadline") when its first token has not come so long after submit; 0: never.
 
         ValueError names field, value and limit; QueueFull; DeviceError once the device has failed.
         """
         if seed is not None and not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}; expected 0..{2**64 - 1}")
         for name, value in (("max_tokens", max_tokens), ("min_tokens", min_tokens), ("top_k", top_k), ("top_logprobs", top_logprobs), ("beam_width", beam_width),
-                            ("beam_count", beam_count), ("max_time_ms", max_time_ms)):
+                            ("beam_count", beam_count), ("max_time_ms", max_time_ms), ("deadline_ms", deadline_ms)):
             if abs(value) >= 2**31:
                 raise ValueError(f"{name} is {value}; expected less than {2**31}")
         bias = self._bias(logit_bias or {})
@@ -229,7 +233,8 @@ class Engine:
                                    beam_width=beam_width, beam_count=beam_count, length_penalty=length_penalty, beam_diversity_rate=beam_diversity_rate,
                                    early_stopping=early_stopping, stop_at=places, max_time_ms=max_time_ms, prefix_bytes=p.typed, prefix_ids=p.typed_ids,
                                    include_typed=include_typed, before=before[-_BEFORE_BYTES:], after=after,
-                                   truncated_tokens=(lost_prefix, lost_suffix))
+                                   truncated_tokens=(lost_prefix, lost_suffix), session=_key_bytes("session", session), beside=beside,
+                                   deadline_ms=deadline_ms)
 
     def _bias(self, given: Mapping[int | str, float]) -> list[tuple[int, float]]:
         bias: list[tuple[int, float]] = []
@@ -249,7 +254,7 @@ class Engine:
         uids: list[int] = []
         try:
             for i in range(count):
-                uids.append(self.submit(prompt, outbox=outbox, seed=(first + i) % 2**64 if i else first, **options))
+                uids.append(self.submit(prompt, outbox=outbox, seed=(first + i) % 2**64 if i else first, beside=uids[0] if i else 0, **options))
         except BaseException:
             for uid in uids:
                 self.cancel(uid)

@@ -27,6 +27,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-token-healing", action="store_false", dest="token_healing", default=None,
                    help="continue the last token of the prompt, not its last byte")
     p.add_argument("--max-time-ms", type=int)
+    p.add_argument("--session", help="cancel the request before this one of the same session")
+    p.add_argument("--deadline-ms", type=int, help="give up when the first token has not come by then")
+    p.add_argument("--cache-salt", help="reuse computed prompts only of requests with the same one")
     p.add_argument("--ignore-eos", action="store_true", default=None)
     p.add_argument("--echo", action="store_true", help="print the prompt too")
     p.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
@@ -38,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
 def stats(result: Result) -> str:
     t = result.timings
     rate = f", {(result.num_output_tokens - 1) / t.decode_s:.1f} tokens/s" if t.decode_s and result.num_output_tokens > 1 else ""
-    return (f"{result.num_input_tokens} tokens in, {result.num_output_tokens} out{rate}; first text after "
+    cached = f" ({result.num_cached_tokens} reused)" if result.num_cached_tokens else ""
+    return (f"{result.num_input_tokens} tokens in{cached}, {result.num_output_tokens} out{rate}; first text after "
             f"{t.first_chunk_s * 1e3:.1f} ms, all after {t.total_s * 1e3:.1f} ms (queue {t.queue_s * 1e3:.1f}, prompt "
             f"{t.prefill_s * 1e3:.1f}, decode {t.decode_s * 1e3:.1f}); ended by {result.finish_reason}"
             + (f" {result.stop_reason!r}" if result.stop_reason else ""))
@@ -50,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         print("reading the prompt from standard input; end it with Ctrl-D", file=sys.stderr)
     prompt: str | bytes = sys.stdin.buffer.read() if args.prompt in (None, "-") else args.prompt
     options = {name: getattr(args, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop",
-                                                      "stop_at", "suffix", "fim_mode", "token_healing", "max_time_ms", "ignore_eos")}
+                                                      "stop_at", "suffix", "fim_mode", "token_healing", "max_time_ms", "ignore_eos", "session",
+                                                      "deadline_ms", "cache_salt")}
     write = sys.stdout.write
     try:
         with Client(args.url, model=args.model) as client:

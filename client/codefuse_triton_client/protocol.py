@@ -31,7 +31,8 @@ OPTIONS = {
     "suffix": ("suffix", "BYTES"), "fim_mode": ("fim_mode", "BYTES"), "end_id": ("end_id", "INT32"),
     "stop_token_ids": ("stop_token_ids", "INT32"), "ignore_eos": ("ignore_eos", "BOOL"),
     "exclude_input": ("exclude_input_in_output", "BOOL"), "logprobs": ("return_log_probs", "BOOL"),
-    "top_logprobs": ("num_log_probs", "INT32"), "cache_salt": ("cache_salt", "BYTES"),
+    "top_logprobs": ("num_log_probs", "INT32"), "session": ("session", "BYTES"), "deadline_ms": ("deadline_ms", "INT32"),
+    "cache_salt": ("cache_salt", "BYTES"),
     "sampling_parameters": ("sampling_parameters", "BYTES"),
 }
 _NUMPY = {"INT32": np.int32, "FP32": np.float32, "UINT64": np.uint64, "BOOL": np.bool_, "INT64": np.int64}
@@ -62,7 +63,7 @@ class Chunk:
     text: str
     index: int
     num_output_tokens: int  # so far
-    finish_reason: str = ""  # last chunk of an answer: eos, stop, length, time or cancelled
+    finish_reason: str = ""  # last chunk of an answer: eos, stop, length, time, cancelled or deadline
     log_probs: tuple[float, ...] = ()  # of token_ids, with logprobs or top_logprobs
     token_ids: tuple[int, ...] = ()
     top: tuple[tuple[TopToken, ...], ...] = ()  # for each of token_ids, the likeliest first, with top_logprobs

@@ -43,7 +43,7 @@ void Engine::run_beams(Live& live) {
     if (live.bad_words) rules.push_back(std::make_unique<BadWords>(live.bad_words, tokens));
     const int64_t row = next_beam_row_--;
     beam_rows_.emplace(row, std::pair(live.uid, i));
-    scheduler_.add(row, std::move(tokens), 1, sample, std::move(rules), r.cache_salt, !running[i].tokens.empty());
+    scheduler_.add(row, std::move(tokens), 1, sample, std::move(rules), r.cache_salt, running[i].tokens.empty() ? 0 : Scheduler::kAll);
   }
 }
 

@@ -26,6 +26,7 @@ int64_t samples_of(const Step& s) { return int64_t(s.sampled.size()); }
 
 Engine::Live::Live(int64_t id, Request&& r, const TokenBytes* table)
     : uid(id),
+      session(r.session.empty() ? std::string() : std::to_string(r.session.size()) + ' ' + r.session + r.cache_salt),
       request(std::move(r)),
       text(table, {request.stop, request.include_stop, request.min_tokens, request.stop_at, std::move(request.before), std::move(request.after)},
            request.prefix.size(), request.include_typed),
@@ -115,6 +116,8 @@ void Engine::validate(const Request& r) const {
   validate_beams(r);
   if (r.cache_salt.size() > 256) throw ValueError(cat("cache_salt has ", r.cache_salt.size(), " bytes; expected at most 256"));
   if (r.max_time_ms < 0) throw ValueError(cat("max_time_ms is ", r.max_time_ms, "; expected 0 (no limit) or more"));
+  if (r.session.size() > 256) throw ValueError(cat("session has ", r.session.size(), " bytes; expected at most 256"));
+  if (r.deadline_ms < 0) throw ValueError(cat("deadline_ms is ", r.deadline_ms, "; expected 0 (none) or more"));
   if (!r.outbox) throw ValueError("outbox is missing");
 }
 
@@ -152,15 +155,19 @@ int64_t Engine::submit(Request request) {
   auto live = std::make_unique<Live>(0, std::move(request), &token_bytes_);
   std::lock_guard<std::mutex> lock(mutex_);
   const size_t most = size_t(scheduler_.limits().slots + options_.queue), texts = size_t(live->request.beams.count);
-  if (!error_.empty() || closing_ || alive_.size() + texts > most) {
+  const size_t others = alive_.size() - sessions_.stale() - sessions_.before(live->session, live->request.beside);
+  if (!error_.empty() || closing_ || others + texts > most) {
     ++stats_.refused;
     if (!error_.empty()) throw DeviceError(cat("the engine has failed: ", error_));
     if (closing_) throw std::runtime_error("the engine is closed");
-    throw QueueFull(cat("the queue is full: ", alive_.size(), " requests are alive; expected at most ", most, " (",
+    throw QueueFull(cat("the queue is full: ", others, " requests are alive; expected at most ", most, " (",
                         scheduler_.limits().slots, " slots and a queue of ", options_.queue, ")"));
   }
   const int64_t uid = live->uid = next_uid_;
   for (size_t i = 0; i < texts; ++i) alive_.emplace(next_uid_++, uid);
+  const std::vector<int64_t> stale = sessions_.join(live->session, uid, int(texts), live->request.beside);
+  if (!stale.empty() && stale[0] != uid) live->supersedes = stale[0];
+  cancels_.insert(cancels_.end(), stale.begin(), stale.end());
   incoming_.push_back(std::move(live));
   ++stats_.submitted;
   wake_.notify_one();
@@ -251,7 +258,8 @@ bool Engine::take_commands() {
   }
   for (auto& live : incoming) {
     Request& r = live->request;
-    if (r.max_time_ms > 0) deadlines_.emplace(live->submitted + std::chrono::milliseconds(r.max_time_ms), live->uid);
+    if (r.max_time_ms > 0) deadlines_.emplace(live->submitted + std::chrono::milliseconds(r.max_time_ms), Late{live->uid, Finish::time});
+    if (r.deadline_ms > 0) deadlines_.emplace(live->submitted + std::chrono::milliseconds(r.deadline_ms), Late{live->uid, Finish::deadline});
     if (r.beams.width > 1) {
       live->beams = std::make_unique<BeamSearch>(r.beams, r.max_tokens, r.eos_ids, live->text);
       if (!r.bad_words.empty()) live->bad_words = word_list(r);
@@ -260,7 +268,7 @@ bool Engine::take_commands() {
       const Limits& limits = scheduler_.limits();
       const int64_t size = int64_t(r.prompt.size());  // the prefix may be spelled with a token a byte, as far as there is room
       live->most = int(std::min({int64_t(r.max_tokens) + int64_t(r.prefix.size()), limits.max_len - size, int64_t(limits.pages) * kPageTokens + 1 - size}));
-      scheduler_.add(live->uid, r.prompt, live->most, r.sample, std::move(r.rules), r.cache_salt);
+      scheduler_.add(live->uid, r.prompt, live->most, r.sample, std::move(r.rules), r.cache_salt, live->supersedes);
     }
     live_.emplace(live->uid, std::move(live));
   }
@@ -271,8 +279,13 @@ bool Engine::take_commands() {
 
 void Engine::end_late() {
   if (deadlines_.empty()) return;
-  const Clock::time_point now = Clock::now();
-  for (; !deadlines_.empty() && deadlines_.top().first <= now; deadlines_.pop()) end(deadlines_.top().second, Finish::time);
+  const Clock::time_point now = Clock::now(), none{};
+  for (; !deadlines_.empty() && deadlines_.top().first <= now; deadlines_.pop()) {
+    const auto [uid, finish] = deadlines_.top().second;
+    const auto it = live_.find(uid);
+    if (finish == Finish::deadline && it != live_.end() && it->second->first != none) continue;
+    end(uid, finish);
+  }
 }
 
 bool Engine::launch() {
@@ -364,6 +377,7 @@ void Engine::end(int64_t uid, Finish finish, const std::string& error) {
       const bool found = live->beams && finish == Finish::length;
       ++stats_.finished[size_t(found ? live->beams->finished()[size_t(i)].finish : finish)];
     }
+    sessions_.leave(live->session, uid, live->request.beams.count);
     copy_stats();
     if (alive_.empty()) drained_.notify_all();
   }

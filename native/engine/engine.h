@@ -17,6 +17,7 @@
 #include "engine/outbox.h"
 #include "engine/prefix_constraint.h"
 #include "engine/scheduler.h"
+#include "engine/sessions.h"
 #include "engine/text.h"
 #include "engine/token_rules.h"
 #include "model/runner.h"
@@ -59,6 +60,9 @@ struct Request {
   bool logprobs = false;
   RuleList rules;                 // what else decides about its tokens; they pass to the scheduler
   std::string cache_salt;         // requests of different salts share nothing that was computed
+  std::string session;            // not empty: cancels what came before it of the same session and salt,
+  int64_t beside = 0;             // except requests that came together: uid of the first of them, 0: this is the first
+  int deadline_ms = 0;            // ends with Finish::deadline when its first token has not come so long after submit(); 0: never
   std::shared_ptr<Outbox> outbox;
 };
 
@@ -73,7 +77,7 @@ struct EngineStats {
   int64_t preemptions = 0;
   double step_s = 0;         // moving average
   int64_t submitted = 0, refused = 0;
-  int64_t finished[7] = {};  // by Finish
+  int64_t finished[kFinishes] = {};  // by Finish
   std::string error;         // not empty: the device failed and nothing more is served
 };
 
@@ -102,6 +106,8 @@ class Engine {
   struct Live {
     Live(int64_t uid, Request&& request, const TokenBytes* table);
     int64_t uid;
+    const std::string session;  // key in Sessions
+    int64_t supersedes = 0;     // the first request of its session that it has made stale; 0: none
     Request request;
     TextCut text;
     Piece piece;  // released, not delivered: all of it until the end when not streaming
@@ -128,7 +134,7 @@ class Engine {
   void serve();
   void copy_stats();     // the scheduler's; mutex_ is held
   bool take_commands();  // false: the thread is to end
-  void end_late();       // what has run for longer than it may
+  void end_late();       // what has run for longer than it may, or has no token in time
   bool launch();         // false: nothing to run now
   void collect();
   void advance(Live& live, int32_t token, float logprob, TopTokens top);
@@ -148,7 +154,8 @@ class Engine {
   std::unordered_map<int64_t, std::unique_ptr<Live>> live_;
   std::unordered_map<int64_t, std::pair<int64_t, size_t>> beam_rows_;  // the scheduler's uid of a beam's row, negative -> request, beam
   int64_t next_beam_row_ = -1;
-  using Deadline = std::pair<Clock::time_point, int64_t>;
+  using Late = std::pair<int64_t, Finish>;  // uid, how it ends; deadline: unless it has a token by then
+  using Deadline = std::pair<Clock::time_point, Late>;
   std::priority_queue<Deadline, std::vector<Deadline>, std::greater<Deadline>> deadlines_;  // those of ended requests too
   Batch batches_[2];
   Step steps_[2];
@@ -164,6 +171,7 @@ class Engine {
   std::vector<std::unique_ptr<Live>> incoming_;
   std::vector<int64_t> cancels_;
   std::unordered_map<int64_t, int64_t> alive_;  // submitted and not ended -> the first uid of the request
+  Sessions sessions_;
   int64_t next_uid_ = 1;
   bool closing_ = false, stop_ = false;
   std::string error_;

@@ -12,10 +12,11 @@
 
 namespace codefuse {
 
-enum class Finish : uint8_t { none, eos, stop, length, time, cancelled, error };
+enum class Finish : uint8_t { none, eos, stop, length, time, cancelled, error, deadline };
+constexpr int kFinishes = 8;
 
 inline const char* name_of(Finish f) {
-  static const char* const names[] = {"", "eos", "stop", "length", "time", "cancelled", "error"};
+  static const char* const names[] = {"", "eos", "stop", "length", "time", "cancelled", "error", "deadline"};
   return names[size_t(f)];
 }
 

@@ -21,7 +21,7 @@ Scheduler::Scheduler(const Limits& limits, int prefill_rows, Reuse reuse)
 }
 
 void Scheduler::add(int64_t uid, std::vector<int32_t> prompt, int max_tokens, const SampleParams& sample, RuleList rules, std::string salt,
-                    bool next) {
+                    int64_t ahead_of) {
   auto s = std::make_unique<Sequence>();
   s->uid = uid;
   s->prompt = std::move(prompt);
@@ -29,7 +29,10 @@ void Scheduler::add(int64_t uid, std::vector<int32_t> prompt, int max_tokens, co
   s->sample = sample;
   s->rules = std::move(rules);
   s->salt = std::move(salt);
-  waiting_.insert(next ? waiting_.begin() : waiting_.end(), s.get());
+  const auto place = ahead_of == kAll ? waiting_.begin() : std::find_if(waiting_.begin(), waiting_.end(), [&](const Sequence* w) {
+    return w->uid == ahead_of && !w->started;
+  });
+  waiting_.insert(place, s.get());
   all_.emplace(uid, std::move(s));
 }
 

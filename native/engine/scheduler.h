@@ -57,9 +57,11 @@ class Scheduler {
   static int pages_for(int tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
 
   // 1 <= prompt.size(), prompt.size() + max_tokens <= max_len, pages_for(prompt + max_tokens - 1) <= pages.
-  // salt: sequences of different salts take over nothing from each other. next: in front of all that wait.
+  // salt: sequences of different salts take over nothing from each other. ahead_of: goes to the place before that one, if it still waits
+  // for its first row, or before all.
+  static constexpr int64_t kAll = -1;
   void add(int64_t uid, std::vector<int32_t> prompt, int max_tokens, const SampleParams& sample, RuleList rules = {}, std::string salt = {},
-           bool next = false);
+           int64_t ahead_of = 0);
 
   // Fills batch and step with the next rows; false when nothing can run before results arrive or requests are added.
   bool schedule(Batch* batch, Step* step);
