@@ -272,6 +272,11 @@ def test_refusals(tmp_path, model, monkeypatch, capsys):
         monkeypatch.setitem(GROUPS, "q4_g64", 96)
         tool.quantize(native, tmp_path / "q", "q4_g64", gptq=gptq_of(text), **QUIET)
     assert not (tmp_path / "q").exists()
+    for change, message in (({"rope_scaling": {"type": "yarn"}}, "rope_scaling.type is 'yarn'; GPTQ's calibration computes none, linear"), ({"norm": "batch"}, "norm is 'batch'")):
+        with pytest.raises(CheckpointError, match=message):
+            torch_model.check({**BASE, **change})
+    with pytest.raises(CheckpointError, match="layers.0.router.weight is none of the matrices that GPTQ calibrates"):
+        gptq_layers.LayerRun(BASE, {}, lambda t: t, {"layers.0.router.weight": "q8_row"}, np.zeros((1, 4), np.int64), tmp_path / "w", {}, torch.device("cpu"), print)
     options = [str(native), str(tmp_path / "q"), "--format", "q8_row", "--method", "gptq", "--no-evaluate"]
     assert tool.main([*options, "--calibration", str(tmp_path / "none.txt")]) == 1
     (tmp_path / "bad.jsonl").write_text("{\n")

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -161,6 +162,8 @@ def as_weights(source: Path, beside: Path, ignore: set[str] = frozenset()) -> It
     if is_weights_directory(source):
         yield source
         return
+    for stale in beside.glob(".original-*"):
+        shutil.rmtree(stale)
     with tempfile.TemporaryDirectory(prefix=".original-", dir=beside) as scratch:
         convert(source, Path(scratch) / "weights", ignore=ignore, tokenizer=False)
         yield Path(scratch) / "weights"

@@ -53,6 +53,10 @@ class LayerRun:
                  work: Path, identity: dict[str, Any], device: torch.device, tick: Callable[[int], None]):
         self._c, self._tensors, self._load, self._formats, self._work, self._device, self._tick = config, tensors, load, formats, work, device, tick
         self._ids = torch.from_numpy(ids)
+        torch_model.check(config)
+        for name in formats:
+            if name != "lm_head.weight" and name.removesuffix(".weight").rpartition(".")[2] not in sum(torch_model.STEPS, ()):
+                raise CheckpointError(f"tensor {name} is none of the matrices that GPTQ calibrates: {', '.join(sum(torch_model.STEPS, ()))}, lm_head")
         state, text = work / "state.json", json.dumps({**identity, "device": device.type, "torch": torch.__version__}, indent=1, sort_keys=True)
         if work.exists() and (not state.exists() or state.read_text() != text):
             shutil.rmtree(work)

@@ -9,12 +9,24 @@ from typing import Any, Callable, Iterator
 import torch
 from torch.nn import functional as F
 
+from checkpoint import CheckpointError
+
 # Matrices of a layer in the order of computation; those of one step have the same input.
 STEPS = (("qkv",), ("attn_out",), ("mlp_up", "mlp_gate"), ("mlp_down",))
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu, "silu": F.silu,
 }
 Tensors = dict[str, torch.Tensor]
+
+
+def check(c: dict[str, Any]) -> None:
+    """CheckpointError names a config field that this model does not compute."""
+    scaling = c.get("rope_scaling", {"type": "none"})
+    for field, value, known in (("norm", c["norm"], ("layer", "rms")), ("residual", c["residual"], ("serial", "parallel_one_norm", "parallel_two_norms")),
+                                ("activation", c["activation"], tuple(_ACTIVATIONS)), ("position", c["position"], ("rope", "learned")),
+                                ("rope_scaling.type", scaling["type"], ("none", "linear"))):
+        if value not in known:
+            raise CheckpointError(f"config.json: {field} is {value!r}; GPTQ's calibration computes {', '.join(known)}")
 
 
 def norm(c: dict[str, Any], w: Tensors, name: str, x: torch.Tensor) -> torch.Tensor:
