@@ -1,7 +1,6 @@
 #include "engine/engine.h"
 
 #include <algorithm>
-#include <cmath>
 
 namespace codefuse {
 
@@ -10,10 +9,6 @@ namespace {
 double seconds(std::chrono::steady_clock::time_point from, std::chrono::steady_clock::time_point to) {
   return std::chrono::duration<double>(to - from).count();
 }
-
-constexpr int kTopLogprobs = 20;
-constexpr size_t kListedTokens = kRuleEdits / 4;  // of logit_bias and of eos_ids
-constexpr size_t kMaxPrefix = 1024;
 
 Reuse reuse_of(const std::string& prefix_cache, bool rows_alike) {
   if (prefix_cache == "off") return Reuse::none;
@@ -54,90 +49,6 @@ void Engine::check(const EngineOptions& options) {
   if (options.depth < 0 || options.depth > 2) throw ValueError(cat("depth is ", options.depth, "; expected 0..2"));
   if (options.prefix_cache != "on" && options.prefix_cache != "off" && options.prefix_cache != "generated")
     throw ValueError(cat("prefix_cache is '", options.prefix_cache, "'; expected on, off or generated"));
-}
-
-void Engine::validate(const Request& r) const {
-  const Limits& limits = scheduler_.limits();
-  const int vocab = runner_->config().vocab, size = int(r.prompt.size() + r.prefix_ids.size());
-  if (r.prompt.empty()) throw ValueError("prompt has no tokens; expected at least 1");
-  if (size >= limits.max_len)
-    throw ValueError(cat("prompt has ", size, " tokens; expected at most ", limits.max_len - 1, " (max_len ", limits.max_len, " less one new token)"));
-  for (size_t i = 0; i < r.prompt.size(); ++i)
-    if (r.prompt[i] < 0 || r.prompt[i] >= vocab) throw ValueError(cat("prompt[", i, "] is token ", r.prompt[i], "; expected 0..", vocab - 1));
-  std::string spelled;
-  for (int32_t id : r.prefix_ids)
-    if (id >= 0 && size_t(id) < token_bytes_.size()) spelled += token_bytes_[size_t(id)];
-  if (!r.prefix_ids.empty() && spelled != r.prefix)
-    throw ValueError(cat("prefix_ids are ", r.prefix_ids.size(), " tokens of other bytes than prefix_bytes; expected its tokens, or none"));
-  if (r.prefix.size() > kMaxPrefix) throw ValueError(cat("prefix_bytes has ", r.prefix.size(), " bytes; expected at most ", kMaxPrefix));
-  if (r.max_tokens < 1) throw ValueError(cat("max_tokens is ", r.max_tokens, "; expected at least 1"));
-  if (r.max_tokens > limits.max_len - size)
-    throw ValueError(cat("max_tokens is ", r.max_tokens, "; expected at most ", limits.max_len - size, " with a prompt of ", size,
-                         " tokens (max_len ", limits.max_len, ")"));
-  const int need = Scheduler::pages_for(size + r.max_tokens - 1);
-  if (need > limits.pages)
-    throw ValueError(cat("prompt of ", size, " tokens and max_tokens ", r.max_tokens, " need ", need, " KV pages; the pool has ", limits.pages));
-  if (r.min_tokens < 0 || r.min_tokens > r.max_tokens)
-    throw ValueError(cat("min_tokens is ", r.min_tokens, "; expected 0..", r.max_tokens, " (max_tokens)"));
-  const SampleParams& s = r.sample;
-  if (!std::isfinite(s.temperature) || s.temperature < 0)
-    throw ValueError(cat("temperature is ", s.temperature, "; expected a finite number, 0 or more"));
-  if (s.top_k < 0) throw ValueError(cat("top_k is ", s.top_k, "; expected 0 (off) or more"));
-  if (!(s.top_p > 0 && s.top_p <= 1)) throw ValueError(cat("top_p is ", s.top_p, "; expected more than 0, at most 1"));
-  if (!(s.min_p >= 0 && s.min_p <= 1)) throw ValueError(cat("min_p is ", s.min_p, "; expected 0..1"));
-  const int most = std::min(kTopLogprobs, vocab);
-  if (s.top_tokens < 0 || s.top_tokens > most) throw ValueError(cat("top_logprobs is ", s.top_tokens, "; expected 0..", most));
-  const Penalties& p = r.penalties;
-  if (!(p.repetition > 0) || !std::isfinite(p.repetition))
-    throw ValueError(cat("repetition_penalty is ", p.repetition, "; expected a finite number above 0"));
-  for (auto [name, value] : {std::pair("presence_penalty", p.presence), std::pair("frequency_penalty", p.frequency)})
-    if (!std::isfinite(value)) throw ValueError(cat(name, " is ", value, "; expected a finite number"));
-  if (r.logit_bias.size() > kListedTokens) throw ValueError(cat("logit_bias has ", r.logit_bias.size(), " tokens; expected at most ", kListedTokens));
-  for (auto [token, value] : r.logit_bias) {
-    if (token < 0 || token >= vocab) throw ValueError(cat("logit_bias has token ", token, "; expected 0..", vocab - 1));
-    if (!(value < INFINITY)) throw ValueError(cat("logit_bias of token ", token, " is ", value, "; expected a finite number, or -inf to ban it"));
-  }
-  size_t bad_bytes = 0;
-  for (size_t i = 0; i < r.bad_words.size(); ++i) {
-    if (r.bad_words[i].empty()) throw ValueError(cat("bad_words[", i, "] is empty"));
-    bad_bytes += r.bad_words[i].size();
-  }
-  if (bad_bytes > 65536) throw ValueError(cat("bad_words has ", bad_bytes, " bytes; expected at most 65536"));
-  size_t stop_bytes = 0;
-  for (size_t i = 0; i < r.stop.size(); ++i) {
-    if (r.stop[i].empty()) throw ValueError(cat("stop[", i, "] is empty"));
-    stop_bytes += r.stop[i].size();
-  }
-  if (stop_bytes > 65536) throw ValueError(cat("stop has ", stop_bytes, " bytes; expected at most 65536"));
-  if (r.eos_ids.size() > kListedTokens) throw ValueError(cat("eos_ids has ", r.eos_ids.size(), " tokens; expected at most ", kListedTokens));
-  for (size_t i = 0; i < r.eos_ids.size(); ++i)
-    if (r.eos_ids[i] < 0 || r.eos_ids[i] >= vocab)
-      throw ValueError(cat("eos_ids[", i, "] is ", r.eos_ids[i], "; expected 0..", vocab - 1));
-  validate_beams(r);
-  if (r.cache_salt.size() > 256) throw ValueError(cat("cache_salt has ", r.cache_salt.size(), " bytes; expected at most 256"));
-  if (r.max_time_ms < 0) throw ValueError(cat("max_time_ms is ", r.max_time_ms, "; expected 0 (no limit) or more"));
-  if (r.session.size() > 256) throw ValueError(cat("session has ", r.session.size(), " bytes; expected at most 256"));
-  if (r.deadline_ms < 0) throw ValueError(cat("deadline_ms is ", r.deadline_ms, "; expected 0 (none) or more"));
-  if (!r.outbox) throw ValueError("outbox is missing");
-}
-
-void Engine::add_rules(Request& r) const {
-  if (r.beams.width > 1) return;  // its rows have rules of their own
-  if (!r.prefix.empty()) {
-    PrefixConstraint constraint(&trie_, r.prefix);
-    if (!constraint.possible()) throw ValueError(cat("prefix_bytes has ", r.prefix.size(), " bytes; expected what tokens of this model spell"));
-    r.rules.push_back(std::make_unique<PrefixRule>(std::move(constraint), runner_->config().vocab, r.eos_ids, r.min_tokens));
-  }
-  if (!r.logit_bias.empty() || r.penalties.any() || (r.min_tokens > 0 && !r.eos_ids.empty())) {
-    auto rules = std::make_unique<TokenRules>(r.logit_bias, r.penalties, r.prompt, r.eos_ids, r.min_tokens);
-    rules->begin_with(r.prefix.size(), &token_bytes_);
-    r.rules.push_back(std::move(rules));
-  }
-  if (!r.bad_words.empty()) r.rules.push_back(std::make_unique<BadWords>(word_list(r), r.prompt));
-}
-
-std::shared_ptr<const WordList> Engine::word_list(const Request& r) const {
-  return std::make_shared<const WordList>(r.bad_words, &token_bytes_, &tokens_by_bytes_, runner_->config().vocab);
 }
 
 int64_t Engine::submit(Request request) {
