@@ -1,4 +1,4 @@
-// Attention of single rows over their pages. Positions are taken in splits of 128 tokens aligned at 0, a split by one block, an
+// Attention of single rows over their pages. Positions are taken in splits of 64 tokens aligned at 0, a split by one block, an
 // equal part of it by each warp; softmax sums of the warps, then of the splits, are combined in order. So a row's result depends
 // on its position alone, not on how many blocks share its splits. Any head_dim up to 256 that is a multiple of 8.
 // K and V of a split are read into registers at once: those of earlier steps before the kernel waits for its predecessor, those of
@@ -20,7 +20,9 @@ struct Args {
   int32_t* arrived;  // [rows, kv_heads]
   int splits;
   const float2* angles;  // [max_len, rope_dim / 2], FUSE; rope_dim a multiple of 16
+  Ready ready;           // FUSE: of qkv
 };
+
 
 // 8 elements, 16 bytes at a time; not through L1, which could hold a line from before another kernel wrote to it
 template <class T> struct Eight { uint4 raw[sizeof(T) / 2]; };
@@ -68,8 +70,10 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) attend_rows(T* __restr
   const int last = a.m.position[row], first = a.window > 0 ? max(0, last - a.window + 1) : 0;
   const int first_split = first / kSplitTokens, splits = last / kSplitTokens - first_split + 1;
   const int each = (splits + gridDim.z - 1) / gridDim.z, share = (splits + each - 1) / each;  // blocks that have splits
+  const bool is_first = blockIdx.x + blockIdx.y + blockIdx.z == 0;
+  const bool early = FUSE && a.ready.counter;
   if (int(blockIdx.z) >= share || a.m.slot[row] < 0) {
-    if (blockIdx.x + blockIdx.y + blockIdx.z == 0) grid_wait();
+    if (is_first) grid_wait();
     return;  // a block of this kernel waits, so it ends after its predecessors
   }
   const int settled = a.m.settled ? a.m.settled[row] : 0;
@@ -121,7 +125,19 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) attend_rows(T* __restr
   int split = blockIdx.z, page = page_of(split), buffer = 0;
   load(k, keys, split, page, first, min(settled, stored));
   if (HOLD) load(v, values, split, page, first, min(settled, stored));
-  grid_wait();
+  if (early) {
+    if (threadIdx.x == 0) {
+      int32_t stored = 0;
+      while (true) {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(stored) : "l"(a.ready.counter) : "memory");
+        if (stored >= a.ready.expected) break;
+        __nanosleep(32);
+      }
+    }
+    __syncthreads();
+  } else {
+    grid_wait();
+  }
   load(k, keys, split, page, max(first, settled), stored);
   if (HOLD) load(v, values, split, page, max(first, settled), stored);
   const int own_token = (splits - 1) % share == int(blockIdx.z) && last - token_of(splits - 1) < kTokens ? last - token_of(splits - 1) : -1;  // the warp's
@@ -235,7 +251,10 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) attend_rows(T* __restr
     }
     page = next_page;
   }
-  if (splits == 1) return;
+  const auto leave = [&] {
+    if (early && is_first) grid_wait();
+  };
+  if (splits == 1) return leave();
   if (share > 1) {
     __threadfence();
     __syncthreads();
@@ -245,7 +264,7 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) attend_rows(T* __restr
       if (is_last) *arrived = 0;
     }
     __syncthreads();
-    if (!is_last) return;
+    if (!is_last) return leave();
     __threadfence();
   } else {
     __syncthreads();
@@ -277,24 +296,25 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) attend_rows(T* __restr
     }
     out[i] = from_float<T>(sum / total);
   }
+  leave();
 }
 
 template <class T>
 void run(const Stream& s, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, int row, int rows, const AttentionShape& a, const AttentionScratch& scratch,
-         bool fuse, const float2* angles) {
-  Args args{m, row, a.heads, a.kv_heads, a.head_dim, a.window, a.rope_dim, 1.44269504088896341f / sqrtf(float(a.head_dim)), scratch.partial, scratch.arrived, scratch.splits, angles};
+         bool fuse, const float2* angles, const Ready& ready) {
+  Args args{m, row, a.heads, a.kv_heads, a.head_dim, a.window, a.rope_dim, 1.44269504088896341f / sqrtf(float(a.head_dim)), scratch.partial, scratch.arrived, scratch.splits, angles, ready};
   constexpr bool f32 = sizeof(T) == 4;
-  constexpr int kHalfWarps = f32 ? 16 : 8;  // so that K and V of a split are 64 registers
-  auto kernel = a.head_dim <= 64 ? attend_rows<T, 8, 8, true, false>
-                : a.head_dim <= 128 ? attend_rows<T, 16, kHalfWarps, true, false> : attend_rows<T, 32, 16, !f32, false>;
+  // so that K and V of a split are 64 registers
+  auto kernel = a.head_dim <= 64 ? attend_rows<T, 8, 4, true, false> : a.head_dim <= 128 ? attend_rows<T, 16, f32 ? 8 : 4, true, false> : attend_rows<T, 32, 8, !f32, false>;
   if constexpr (!f32) {
-    if (fuse) kernel = a.head_dim <= 64 ? attend_rows<T, 8, 8, true, true> : attend_rows<T, 16, 8, true, true>;  // wider heads have no registers left for it
+    if (fuse) kernel = a.head_dim <= 64 ? attend_rows<T, 8, 4, true, true> : attend_rows<T, 16, 4, true, true>;  // wider heads have no registers left for it
   }
-  const int threads = a.head_dim <= 64 ? 256 : a.head_dim <= 128 ? kHalfWarps * 32 : 512;
+  const int threads = a.head_dim > 128 || (f32 && a.head_dim > 64) ? 256 : 128;
   for (; args.row0 < row + rows; args.row0 += scratch.rows) {
     const int count = std::min(scratch.rows, row + rows - args.row0), heads = a.kv_heads * count;
     // few rows: one wave of blocks, so that the next kernel can start; a block without a split ends at once
-    const int share = std::max(1, std::min(scratch.splits, (heads <= s.sms ? 2 : 6) * s.sms / heads));
+    const int waves = ready.counter && rows <= 8 ? 1 : heads <= s.sms ? 2 : 6;
+    const int share = std::max(1, std::min(scratch.splits, waves * s.sms / heads));
     launch(s, kernel, dim3(a.kv_heads, count, share), threads, 0, static_cast<T*>(out), static_cast<const T*>(qkv), static_cast<T*>(kv.k),
            static_cast<T*>(kv.v), args);
   }
@@ -304,15 +324,15 @@ void run(const Stream& s, void* out, const void* qkv, const KvLayer& kv, const S
 
 void attention_rows(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, int row, int T,
                     const AttentionShape& a, const AttentionScratch& scratch) {
-  if (act == DType::f32) return run<float>(s, out, qkv, kv, m, row, T, a, scratch, false, nullptr);
-  act == DType::f16 ? run<__half>(s, out, qkv, kv, m, row, T, a, scratch, false, nullptr) : run<__nv_bfloat16>(s, out, qkv, kv, m, row, T, a, scratch, false, nullptr);
+  if (act == DType::f32) return run<float>(s, out, qkv, kv, m, row, T, a, scratch, false, nullptr, {});
+  act == DType::f16 ? run<__half>(s, out, qkv, kv, m, row, T, a, scratch, false, nullptr, {}) : run<__nv_bfloat16>(s, out, qkv, kv, m, row, T, a, scratch, false, nullptr, {});
 }
 
 bool rope_attention_fits(DType act, const AttentionShape& a) { return act != DType::f32 && a.rope_dim % 16 == 0 && a.head_dim <= 128; }
 
 void rope_attention_rows(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const float2* angles, const StepMeta& m, int T,
-                         const AttentionShape& a, const AttentionScratch& scratch) {
-  act == DType::f16 ? run<__half>(s, out, qkv, kv, m, 0, T, a, scratch, true, angles) : run<__nv_bfloat16>(s, out, qkv, kv, m, 0, T, a, scratch, true, angles);
+                         const AttentionShape& a, const AttentionScratch& scratch, const Ready& ready) {
+  act == DType::f16 ? run<__half>(s, out, qkv, kv, m, 0, T, a, scratch, true, angles, ready) : run<__nv_bfloat16>(s, out, qkv, kv, m, 0, T, a, scratch, true, angles, ready);
 }
 
 }  // namespace codefuse::cuda

@@ -97,6 +97,10 @@ class CudaOps final : public Ops {
   std::array<bool, 2> expected_top_{};                   // and whether they report their most likely tokens
   float2* angles_ = nullptr;
   SplitScratch split_;
+  int32_t* ready_counters_ = nullptr;
+  Ready ready_;                     // of ready_of_, until rope_attention() takes it
+  const void* ready_of_ = nullptr;
+  int ready_calls_ = 0;             // of this step
   PrefillScratch prefill_;
   AttentionScratch attention_;
   void prefill_attention(void* out, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads);

@@ -47,7 +47,13 @@ struct Epilogue {
 
 // Where the blocks of decode_linear leave parts of outputs whose K they share.
 struct SplitScratch {
-  float* partial = nullptr;  // [SMs, kDecodeRows, kGroupRows], all bits set between launches
+  float* partial = nullptr;  // [2, SMs, kDecodeRows, kGroupRows], all bits set between launches
+};
+
+// How a kernel beside the streaming kernel learns that the latter's first output is stored.
+struct Ready {
+  int32_t* counter = nullptr;  // zero before the streaming kernel; nullptr: no such news
+  int expected = 0;            // its value when all is stored
 };
 
 // y[t] from x W^T + b for T <= kDecodeRows decode rows.
@@ -62,9 +68,10 @@ struct DecodeOutput {
   Epilogue epilogue;
 };
 void decode_linear(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const SplitScratch& scratch);
-// Two products in one launch, of the same format.
+// Two products in one launch, of the same format. ready: of out_a, whose rows are stored first.
 void decode_linear_pair(const Stream& s, DType act, int T, const DecodeInput& in_a, const DecodeOutput& out_a, const DecodeInput& in_b,
-                        const DecodeOutput& out_b, const SplitScratch& scratch);
+                        const DecodeOutput& out_b, const SplitScratch& scratch, const Ready& ready = {});
+int ready_count(int N);  // what Ready::expected is for an output of N columns
 // One output of two: x_a W_a^T + x_b W_b^T.
 void decode_linear_sum(const Stream& s, DType act, int T, const DecodeInput& in_a, const DecodeInput& in_b, const DecodeOutput& out,
                        const SplitScratch& scratch);
@@ -125,14 +132,15 @@ struct AttentionScratch {
   int32_t* arrived = nullptr;  // [rows, kv_heads], zero between launches
   int rows = 0, splits = 0;
 };
-constexpr int kSplitTokens = 128;
+constexpr int kSplitTokens = 64;
 // One row at a time, its positions in splits of kSplitTokens combined in order; rows [row, row + T).
 void attention_rows(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, int row, int T,
                     const AttentionShape& a, const AttentionScratch& scratch);
 // rope_store and attention_rows of rows [0, T) at once, the same bit for bit; every row of a sequence of its own, qkv left as it is.
+// ready: of qkv, which is else read when the kernel's predecessor has ended.
 bool rope_attention_fits(DType act, const AttentionShape& a);
 void rope_attention_rows(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const float2* angles, const StepMeta& m, int T,
-                         const AttentionShape& a, const AttentionScratch& scratch);
+                         const AttentionShape& a, const AttentionScratch& scratch, const Ready& ready = {});
 // Tiles of prefill rows on the tensor cores; 16-bit act, head_dim <= 128.
 void attention_tiles(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, int tiles, const AttentionShape& a);
 

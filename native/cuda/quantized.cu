@@ -93,8 +93,8 @@ __device__ __forceinline__ float2 to_floats(uint32_t v) {
 
 // Scales of rows 16 tile + lane / 4 and that + 8; row_scale: of the row group.
 template <class W>
-__device__ __forceinline__ float2 scales_of(const uint8_t* chunk, const float* row_scale, int tile, int block, int lane) {
-  if constexpr (W::kScale == Scale::block) return W::block_scale(chunk, tile, block, lane);
+__device__ __forceinline__ float2 scales_of(const typename W::Group& group, const float* row_scale, int tile, int lane) {
+  if constexpr (W::kScale == Scale::block) return group.scale;
   if constexpr (W::kScale == Scale::row) return make_float2(row_scale[tile * 16 + lane / 4], row_scale[tile * 16 + lane / 4 + 8]);
   return make_float2(1.f, 1.f);
 }
@@ -112,8 +112,9 @@ __global__ void __launch_bounds__(256) expand_tiles(const uint8_t* __restrict__ 
     const int chunk16 = blockIdx.x * (W::kCols / 64) + block;
     if (chunk16 >= steps16) break;
     uint4 a[4];
-    W::fragments(a, chunk, tile, block, lane);
-    const float2 s = scales_of<W>(chunk, row_scale + blockIdx.y * kGroupRows, tile, block, lane);
+    const typename W::Group group = W::group(chunk, tile, block, lane);
+    W::fragments(a, chunk, tile, block, lane, group);
+    const float2 s = scales_of<W>(group, row_scale + blockIdx.y * kGroupRows, tile, lane);
     uint8_t* const to = dst + (size_t(blockIdx.y) * steps16 + chunk16) * kChunkBytes + tile * kRowTileBytes + lane * 16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -132,8 +133,9 @@ __global__ void __launch_bounds__(256) read_tiles(const uint8_t* __restrict__ sr
   const uint8_t* const chunk = src + (size_t(blockIdx.y) * gridDim.x + blockIdx.x) * W::kBytes;
   for (int block = 0; block < W::kCols / 64; ++block) {
     uint4 a[4];
-    W::fragments(a, chunk, tile, block, lane);
-    const float2 s = scales_of<W>(chunk, row_scale + blockIdx.y * kGroupRows, tile, block, lane);
+    const typename W::Group group = W::group(chunk, tile, block, lane);
+    W::fragments(a, chunk, tile, block, lane, group);
+    const float2 s = scales_of<W>(group, row_scale + blockIdx.y * kGroupRows, tile, lane);
     for (int i = 0; i < 16; ++i) {
       const uint4 f = a[i / 4];
       const float2 v = to_floats<T>(i % 4 == 0 ? f.x : i % 4 == 1 ? f.y : i % 4 == 2 ? f.z : f.w);

@@ -1,11 +1,12 @@
 // The kernel under the linear layers of decode rows: as fast as the weights can be read. One block per multiprocessor streams
-// its equal share of the chunks (tiles.cuh) through a ring in shared memory, with each chunk the rows' activations. The weights
+// its equal share of the chunks (weights.cuh) through a ring in shared memory, with each chunk the rows' activations. The weights
 // are the A operand of the tensor cores and the rows its columns, 8 at a time, so one row costs what eight do, and an output's
 // order of summation is the same for 1 row and for 64: along K inside a share, then share by share in order.
 // On Hopper the ring is filled with weights before the kernel waits for its predecessor.
 //
-// One launch has one or two outputs (each a matrix of its own, after one another in the chunks' order) or one output whose K
-// comes from two sources (x and matrix each). W (weights.cuh) says how weights lie in a chunk and become fragments.
+// One launch has one or two outputs (each a matrix of its own) or one output whose K comes from two sources (x and matrix each). Of
+// two outputs every block has its share of the first, then its share of the second: the first is complete early, and says so
+// (Ready), so that what needs only it runs beside the second. W (weights.cuh) says how weights lie in a chunk and become fragments.
 #pragma once
 #include <climits>
 
@@ -18,6 +19,8 @@ namespace codefuse::cuda::stream {
 
 constexpr int kWarps = 8;         // consumers, 32 rows of a chunk each
 constexpr int kStages = 6;        // of the ring at most
+// Three warps of 128 registers on a quarter of a multiprocessor, as many as so many threads would have, leave room for one of attention.
+constexpr int kFewRegisters = 512;
 constexpr int kXTile = 8 * 128;   // bytes of 8 rows x 64 columns of x
 constexpr int kPart = kDecodeRows * kGroupRows;  // floats of a block's part of a group
 // Weights give way in L2 to what is used again.
@@ -31,7 +34,6 @@ constexpr bool kStash = false;  // cp.async is the ring's
 #endif
 constexpr int kStashRows = 8;
 template <int NG> constexpr int kStashFloats = (2 + (NG == 1 ? kStashRows : 0)) * kGroupRows;
-constexpr int kPartsAhead = 4;  // chunks before its end a block has the others' parts brought to L2; 0: never
 constexpr uint32_t kAbsent = 0xffffffffu;  // in place of a part that has not come yet; SplitScratch is full of it between launches
 
 struct Source {
@@ -42,8 +44,21 @@ struct Source {
   int steps;           // chunks of a row group
   int K;
 };
+// x / d for x < 2^31 by a multiplication (Granlund and Montgomery, 1994).
+struct Divider {
+  uint32_t d = 1, multiplier = 0, shift = 0;
+  Divider() = default;
+  explicit Divider(uint32_t divisor) : d(divisor) {
+    while (shift < 31 && (uint64_t(2) << shift) < d) ++shift;
+    multiplier = uint32_t(((uint64_t(1) << (32 + shift)) + d - 1) / d);
+  }
+#ifdef __CUDACC__
+  __device__ __forceinline__ uint32_t operator()(uint32_t x) const { return d == 1 ? x : __umulhi(x, multiplier) >> shift; }
+#endif
+};
 struct Output {
   int N, groups, steps;
+  Divider by_steps;
   Epilogue epilogue;
 };
 struct Args {
@@ -51,50 +66,72 @@ struct Args {
   Output output[2];
   int T;
   int stages;
-  uint32_t chunks;
-  uint32_t split;  // chunks of output 0
-  int join;        // step of a group of output 0 from which on it is source 1's
-  float* partial;  // [blocks, kPart]
+  uint32_t chunks[2];  // of the outputs
+  bool in_turn;        // every block has a share of both outputs
+  Divider by_blocks;
+  int join;            // step of a group of output 0 from which on it is source 1's
+  float* partial;      // [2, blocks, kPart], by output
+  int32_t* ready;      // nullptr, or where a warp adds 1 for the rows of output 0 it has stored
 };
 
 // Bytes of the ring's chunks; x after them begins at a multiple of 1024, as its swizzle needs.
 template <class W>
 CODEFUSE_HD int ring_bytes(int stages) { return (stages * W::kBytes + 1023) / 1024 * 1024; }
 
-__device__ __forceinline__ uint32_t share_begin(const Args& a, uint32_t block) { return uint32_t(uint64_t(a.chunks) * block / gridDim.x); }
-// the block whose share has chunk c
-__device__ __forceinline__ int owner(const Args& a, uint32_t c) { return int(((c + 1) * gridDim.x - 1) / a.chunks); }
+// The first chunk of a block's share of an output; the shares of both together are equal to one chunk.
+__device__ __forceinline__ uint32_t share_begin(const Args& a, int output, uint32_t block) {
+  const uint32_t both = a.by_blocks((a.chunks[0] + a.chunks[1]) * block);
+  const uint32_t first = a.in_turn ? a.by_blocks(a.chunks[0] * block) : min(both, a.chunks[0]);
+  return output == 0 ? first : both - first;
+}
+// Blocks after this one that have chunks of the group which its share of an output ends in.
+__device__ __forceinline__ int blocks_after(const Args& a, int output) {
+  const uint32_t end = share_begin(a, output, blockIdx.x + 1);
+  if (end == 0) return 0;
+  const Output& out = a.output[output];
+  const uint32_t group_end = (out.by_steps(end - 1) + 1) * uint32_t(out.steps);
+  int n = 0;
+  while (share_begin(a, output, blockIdx.x + 1 + n) < group_end) ++n;
+  return n;
+}
 
-// A place in the order of chunks.
+// Where a block leaves its part of a group [token][row of the group].
+__device__ __forceinline__ float* part_of(const Args& a, int output, uint32_t block) { return a.partial + (size_t(output) * gridDim.x + block) * kPart; }
+
+// A place in the order of a block's chunks.
 struct Cursor {
   int output, group, step;
-  __device__ __forceinline__ Cursor(const Args& a, uint32_t c) {
-    output = c >= a.split;
-    if (output) c -= a.split;
-    group = int(c) / a.output[output].steps;
-    step = int(c) - group * a.output[output].steps;
+  uint32_t left;  // chunks of the block's share of the output from here on
+  __device__ __forceinline__ explicit Cursor(const Args& a) {
+    enter(a, 0);
+    if (left == 0) enter(a, 1);
   }
-  __device__ __forceinline__ void next(const Args& a) {
-    if (++step < a.output[output].steps) return;
-    step = 0;
-    if (++group == a.output[output].groups) group = 0, output = 1;
+  __device__ __forceinline__ void enter(const Args& a, int o) {
+    const uint32_t begin = share_begin(a, o, blockIdx.x);
+    output = o;
+    left = share_begin(a, o, blockIdx.x + 1) - begin;
+    group = left ? int(a.output[o].by_steps(begin)) : 0;
+    step = left ? int(begin) - group * a.output[o].steps : 0;
+  }
+  // n chunks on, no further than the first of the next group
+  __device__ __forceinline__ void skip(const Args& a, int n) {
+    left -= n;
+    if (left == 0 && output == 0) return enter(a, 1);
+    step += n;
+    if (step == a.output[output].steps) step = 0, ++group;
   }
   __device__ __forceinline__ int source(const Args& a) const { return output | (step >= a.join); }
   __device__ __forceinline__ int column(const Args& a) const { return step >= a.join ? step - a.join : step; }  // in chunks
 };
 
-__device__ __forceinline__ float4 load_part(const float4* p) {
-  float4 v;
-  asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(p) : "memory");
+__device__ __forceinline__ float load_part(const float* p) {
+  float v;
+  asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(v) : "l"(p) : "memory");
   return v;
 }
-__device__ __forceinline__ void store_part(float4* p, float x, float y, float z, float w) {
-  asm volatile("st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
-}
-__device__ __forceinline__ float present(float v) { return __float_as_uint(v) == kAbsent ? __uint_as_float(0x7fffffffu) : v; }
-__device__ __forceinline__ bool absent(const float4& v) {
-  return __float_as_uint(v.x) == kAbsent || __float_as_uint(v.y) == kAbsent || __float_as_uint(v.z) == kAbsent || __float_as_uint(v.w) == kAbsent;
-}
+__device__ __forceinline__ void store_part(float* p, float v) { asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(p), "f"(v) : "memory"); }
+__device__ __forceinline__ bool absent(float v) { return __float_as_uint(v) == kAbsent; }
+__device__ __forceinline__ float present(float v) { return absent(v) ? __uint_as_float(0x7fffffffu) : v; }
 
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
@@ -128,202 +165,212 @@ __device__ __forceinline__ void store_stashed(const Epilogue& e, const float* st
     static_cast<T*>(e.y)[i] = from_float<T>(activate(z, e.activation));
 }
 
-// Sums of a row group over this block's columns are in acc. The first of the blocks that share the group adds the others' sums,
-// in their order, as they arrive: every word of a part says by itself whether it is there. All blocks of a launch are resident
-// at once (one per multiprocessor, and a launch starts when all blocks of its predecessor have), so waiting for them is safe.
-// kWide: registers allow for more of them at once
-template <class T, int NG, bool kWide>
-__device__ __forceinline__ void finish(const Args& a, float (&acc)[2][NG][4], const Cursor& at, bool whole, const float* stash) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+// z[t] += the parts of the next `parts` blocks, in their order, as they arrive: every word of a part says by itself whether it is there.
+template <int TOKENS, int BATCH /*blocks asked for at once*/>
+__device__ __forceinline__ void add_parts(float (&z)[TOKENS], float* from, int parts, int tokens) {
+#pragma unroll 1
+  for (int p = 0; p < parts; p += BATCH, from += BATCH * kPart) {
+    float v[BATCH][TOKENS];
+#pragma unroll
+    for (int k = 0; k < BATCH; ++k)
+#pragma unroll
+      for (int t = 0; t < TOKENS; ++t)
+        if (p + k < parts && t < tokens) v[k][t] = load_part(from + k * kPart + t * kGroupRows);
+#pragma unroll
+    for (int k = 0; k < BATCH; ++k)
+#pragma unroll
+      for (int t = 0; t < TOKENS; ++t)
+        if (p + k < parts && t < tokens) {
+          float* const at = from + k * kPart + t * kGroupRows;
+          while (absent(v[k][t])) v[k][t] = load_part(at);
+          store_part(at, __uint_as_float(kAbsent));
+          z[t] += v[k][t];
+        }
+  }
+}
+
+// Sums of a row group over this block's columns are in acc; a lane ends with the row of its number among the warp's 32. The first of the
+// blocks that share the group adds the others' sums. All blocks of a launch are resident at once (one per multiprocessor, and a
+// launch starts when all blocks of its predecessor have), so waiting for them is safe.
+// mine: the group began in this block; parts: blocks that have more of it.
+template <class T, int NG>
+__device__ __forceinline__ void finish(const Args& a, float (&acc)[2][NG][4], const Cursor& at, bool mine, int parts, const float* stash) {
+  const int lane = threadIdx.x % 32, local = threadIdx.x;  // row of the group
   const Output& out = a.output[at.output];
-  const int row0 = at.group * kGroupRows + warp * 32 + g;
-  bool mine = true;
-  if (!whole) {
-    const uint32_t first_chunk = (at.output ? a.split : 0) + uint32_t(at.group) * out.steps;
-    const int first = owner(a, first_chunk), parts = owner(a, first_chunk + out.steps - 1) - first;  // parts: of others
-    float4* const slot = reinterpret_cast<float4*>(a.partial) + threadIdx.x;  // [block][2 j + i][thread]
-    mine = first == int(blockIdx.x);
+  const int row = at.group * kGroupRows + local;
+  const auto rows_of = [&](auto tokens_at_once, int j) {
+    constexpr int kTokens = decltype(tokens_at_once)::value;
+    float z[kTokens];
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      float v[4];  // of rows lane % 8, + 8, + 16, + 24
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i] = __shfl_sync(~0u, acc[i / 2][j][i % 2 * 2 + t % 2], lane % 8 * 4 + t / 2);
+      const float low = lane & 8 ? v[1] : v[0], high = lane & 8 ? v[3] : v[2];
+      z[t] = lane & 16 ? high : low;
+    }
+    const int tokens = min(kTokens, a.T - j * 8);
+    float* const part = part_of(a, at.output, blockIdx.x) + j * 8 * kGroupRows + local;
     if (!mine) {
 #pragma unroll
-      for (int j = 0; j < NG; ++j)
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          if (j * 8 + 2 * t < a.T)
-            store_part(slot + size_t(blockIdx.x) * (kPart / 4) + (2 * j + i) * 256, present(acc[i][j][0]), present(acc[i][j][1]), present(acc[i][j][2]),
-                       present(acc[i][j][3]));
-    } else {
-      if (!kStash && out.epilogue.store == Store::add) {  // what the sums are added to is on its way meanwhile
-#pragma unroll
-        for (int j = 0; j < NG; ++j)
-#pragma unroll
-          for (int q = 0; q < 8; ++q) {
-            const int row = row0 + q / 2 * 8, token = j * 8 + 2 * t + q % 2;
-            if (token < a.T && row < out.N)
-              asm volatile("prefetch.global.L1 [%0];" ::"l"(static_cast<const float*>(out.epilogue.y) + int64_t(token) * out.N + row));
-          }
-      }
-      constexpr int kBatch = kWide ? 7 : NG <= 4 ? 4 : 2;  // parts asked for at once
-#pragma unroll
-      for (int j = 0; j < NG; ++j) {
-        if (j * 8 + 2 * t >= a.T) continue;
-        for (int p = 1; p <= parts; p += kBatch) {
-          float4* const from = slot + size_t(first + p) * (kPart / 4) + 2 * j * 256;
-          float4 v[kBatch][2];
-#pragma unroll
-          for (int k = 0; k < kBatch; ++k)
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-              if (p + k <= parts) v[k][i] = load_part(from + k * (kPart / 4) + i * 256);
-#pragma unroll
-          for (int k = 0; k < kBatch; ++k)
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-              if (p + k <= parts) {
-                float4* const at_part = from + k * (kPart / 4) + i * 256;
-                while (absent(v[k][i])) v[k][i] = load_part(at_part);
-                const float none = __uint_as_float(kAbsent);
-                store_part(at_part, none, none, none, none);
-                acc[i][j][0] += v[k][i].x, acc[i][j][1] += v[k][i].y, acc[i][j][2] += v[k][i].z, acc[i][j][3] += v[k][i].w;
-              }
-        }
-      }
+      for (int t = 0; t < kTokens; ++t)
+        if (t < tokens) store_part(part + t * kGroupRows, present(z[t]));
+      return;
     }
-  }
-  if constexpr (kStash) {
-    copy_wait_all();
-    __syncwarp();
+    add_parts<kTokens, kTokens == 1 ? 8 : 4>(z, part + kPart, parts, tokens);
+    if constexpr (kStash) {
+      copy_wait_all();
+      __syncwarp();
+    }
+    if (row < out.N) {
+#pragma unroll
+      for (int t = 0; t < kTokens; ++t)
+        if (t < tokens) {
+          if constexpr (kStash)
+            store_stashed<T, NG>(out.epilogue, stash, z[t], j * 8 + t, row, out.N, local);
+          else
+            store_output<T>(out.epilogue, z[t], j * 8 + t, row, out.N);
+        }
+    }
+  };
+  if (NG == 1 && a.T == 1) {
+    rows_of(std::integral_constant<int, 1>(), 0);
+  } else {
+#pragma unroll
+    for (int j = 0; j < NG; ++j)
+      if (j * 8 < a.T) rows_of(std::integral_constant<int, 8>(), j);
   }
 #pragma unroll
   for (int i = 0; i < 2; ++i)
 #pragma unroll
     for (int j = 0; j < NG; ++j)
 #pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        const int row = row0 + i * 16 + q / 2 * 8, token = j * 8 + 2 * t + q % 2;
-        if (mine && token < a.T && row < out.N) {
-          if constexpr (kStash)
-            store_stashed<T, NG>(out.epilogue, stash, acc[i][j][q], token, row, out.N, row % kGroupRows);
-          else
-            store_output<T>(out.epilogue, acc[i][j][q], token, row, out.N);
-        }
-        acc[i][j][q] = 0.f;
-      }
-  if constexpr (kStash) __syncwarp();
+      for (int q = 0; q < 4; ++q) acc[i][j][q] = 0.f;
+  __syncwarp();
+  if (a.ready && mine && at.output == 0 && lane == 0) asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(a.ready) : "memory");
 }
 
 // One chunk: 8 warps x (2 row tiles) x NG groups of 8 rows of x.
 template <class W, int NG>
-__device__ __forceinline__ void multiply(float (&acc)[2][NG][4], const uint8_t* w, const uint8_t* x, const float (&row_scale)[2][2]) {
+__device__ __forceinline__ void multiply(float (&acc)[2][NG][4], Shared w, Shared x, const float (&row_scale)[2][2]) {
   using T = typename W::Type;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane % 8;
-  const uint8_t* const lo = x + r * 128 + ((lane / 8) ^ r) * 16;      // columns 0 .. 31 of 8 rows of x
-  const uint8_t* const hi = x + r * 128 + ((lane / 8 + 4) ^ r) * 16;  // columns 32 .. 63
-#pragma unroll 1  // more at a time do not fit the registers
-  for (int block = 0; block < W::kCols / 64; ++block) {
-    uint4 f[2][4];
-    float scale[2][2];
+  const uint32_t lo = x.at + r * 128 + ((lane / 8) ^ r) * 16;      // columns 0 .. 31 of 8 rows of x
+  const uint32_t hi = x.at + r * 128 + ((lane / 8 + 4) ^ r) * 16;  // columns 32 .. 63
+#pragma unroll (NG == 1 ? W::kCols / 64 / W::kBlocks : 1)  // more at a time do not fit the registers
+  for (int first = 0; first < W::kCols / 64; first += W::kBlocks) {
+    typename W::Group group[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      W::fragments(f[i], w, warp * 2 + i, block, lane);
-      if constexpr (W::kScale == Scale::block) {
-        const float2 two = W::block_scale(w, warp * 2 + i, block, lane);
-        scale[i][0] = two.x, scale[i][1] = two.y;
-      } else {
-        scale[i][0] = row_scale[i][0], scale[i][1] = row_scale[i][1];
-      }
-    }
+    for (int i = 0; i < 2; ++i) group[i] = W::group(w, warp * 2 + i, first, lane);
+#pragma unroll (NG <= 2 ? W::kBlocks : 1)
+    for (int b = 0; b < W::kBlocks; ++b) {
+      const int block = first + b;
+      uint4 f[2][4];
 #pragma unroll
-    for (int j = 0; j < NG; ++j) {
-      uint32_t b0[4], b1[4];
-      ldmatrix4(b0, lo + (block * NG + j) * kXTile);
-      ldmatrix4(b1, hi + (block * NG + j) * kXTile);
+      for (int i = 0; i < 2; ++i) W::fragments(f[i], w, warp * 2 + i, block, lane, group[i]);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float z[4] = {};
-        float(&sum)[4] = W::kScale == Scale::none ? acc[i][j] : z;
+      for (int j = 0; j < NG; ++j) {
+        uint32_t b0[4], b1[4];
+        ldmatrix4(b0, lo + (block * NG + j) * kXTile);
+        ldmatrix4(b1, hi + (block * NG + j) * kXTile);
 #pragma unroll
-        for (int s = 0; s < 4; ++s)
-          mma16816<T>(sum, f[i][s].x, f[i][s].y, f[i][s].z, f[i][s].w, s < 2 ? b0[2 * s] : b1[2 * s - 4], s < 2 ? b0[2 * s + 1] : b1[2 * s - 3]);
-        if constexpr (W::kScale != Scale::none)
+        for (int i = 0; i < 2; ++i) {
+          float z[4] = {};
+          float(&sum)[4] = W::kScale == Scale::none ? acc[i][j] : z;
 #pragma unroll
-          for (int q = 0; q < 4; ++q) acc[i][j][q] = fmaf(scale[i][q / 2], z[q], acc[i][j][q]);
+          for (int s = 0; s < 4; ++s)
+            mma16816<T>(sum, f[i][s].x, f[i][s].y, f[i][s].z, f[i][s].w, s < 2 ? b0[2 * s] : b1[2 * s - 4], s < 2 ? b0[2 * s + 1] : b1[2 * s - 3]);
+          if constexpr (W::kScale != Scale::none)
+#pragma unroll
+            for (int q = 0; q < 4; ++q) {
+              float scale = row_scale[i][q / 2];
+              if constexpr (W::kScale == Scale::block) scale = q / 2 ? group[i].scale.y : group[i].scale.x;
+              acc[i][j][q] = fmaf(scale, z[q], acc[i][j][q]);
+            }
+        }
       }
     }
   }
 }
 
 template <class W, int NG>
-__global__ void __launch_bounds__(kWarps * 32 + 32, NG == 1 ? 2 : 1) stream_matrix(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(NG == 1 ? kFewRegisters : kWarps * 32 + 32) stream_matrix(const __grid_constant__ Args a) {
   using T = typename W::Type;
   constexpr int kXBytes = W::kCols / 64 * NG * kXTile;
   extern __shared__ __align__(16) uint8_t shared[];
   __shared__ float stash[kStash ? kStashFloats<NG> : 1];
   uint8_t* const ring = shared + (1024 - shared_address(shared) % 1024) % 1024;  // [stages] chunks, then [stages] x
   uint8_t* const xs = ring + ring_bytes<W>(a.stages);
-  const uint32_t begin = share_begin(a, blockIdx.x), end = share_begin(a, blockIdx.x + 1);
   launch_dependents();
+  const Shared ring_at{shared_address(ring)}, xs_at{shared_address(xs)};
   int stage = 0;
-  Cursor at(a, begin);
-  int first_step = at.step;
+  Cursor at(a);
+  const int count = int(a.by_blocks((a.chunks[0] + a.chunks[1]) * (blockIdx.x + 1)) - a.by_blocks((a.chunks[0] + a.chunks[1]) * blockIdx.x));
   float acc[2][NG][4] = {}, row_scale[2][2] = {};
-  const auto load_scales = [&](bool first) {
-    if constexpr (W::kScale == Scale::row) {
-      if (!first && at.step != 0 && at.step != a.join) return;
-      const float* scale = a.source[at.source(a)].scale;
-      for (int i = 0; i < 4; ++i) {
-        const int row = at.group * kGroupRows + int(threadIdx.x) / 32 * 32 + i / 2 * 16 + threadIdx.x % 32 / 4 + i % 2 * 8;
-        row_scale[i / 2][i % 2] = row < a.output[at.output].N ? scale[row] : 0.f;
-      }
-    }
-  };
-  const auto close = [&](bool last) {
-    const bool ends = at.step == a.output[at.output].steps - 1;
-    if (ends || last) {
-      finish<T, NG, NG == 1 && kStash && W::kScale == Scale::none>(a, acc, at, first_step == 0 && ends, stash);
-      first_step = 0;
-    }
-    at.next(a);
-  };
 
-  // c: of the last chunks of this block. What the others have added to the group it ends with, if that began here.
-  [[maybe_unused]] const auto prefetch_parts = [&](uint32_t c) {
-    const uint32_t group_begin = c - uint32_t(at.step), group_end = group_begin + uint32_t(a.output[at.output].steps);
-    if (group_begin < begin || group_end <= end) return;
-    const int parts = owner(a, group_end - 1) - int(blockIdx.x), t = threadIdx.x % 4;
-    for (int p = 1; p <= parts; ++p)
-      for (int j = 0; j < NG && j * 8 + 2 * t < a.T; ++j)
-        for (int i = 0; i < 2; ++i)
-          prefetch_l2(reinterpret_cast<float4*>(a.partial) + size_t(blockIdx.x + p) * (kPart / 4) + (2 * j + i) * 256 + threadIdx.x);
+  // Consumers: chunks of one group and one source at a time; take() waits for one, give_back() has read it.
+  const auto consume = [&](const auto& take, const auto& give_back) {
+    const int after[2] = {blocks_after(a, 0), a.chunks[1] ? blocks_after(a, 1) : 0};
+    int left = count, first_step = at.step;
+    const auto load_scales = [&] {
+      if constexpr (W::kScale == Scale::row) {
+        const float* const scale = a.source[at.source(a)].scale;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = at.group * kGroupRows + int(threadIdx.x) / 32 * 32 + i / 2 * 16 + threadIdx.x % 32 / 4 + i % 2 * 8;
+          row_scale[i / 2][i % 2] = row < a.output[at.output].N ? scale[row] : 0.f;
+        }
+      }
+    };
+    load_scales();
+    take.begin();
+    while (true) {
+      if (kStash && at.step == 0) begin_group(a, stash, at);
+      const int steps = a.output[at.output].steps, run = min(int(at.left), (at.step < a.join ? min(a.join, steps) : steps) - at.step);
+#pragma unroll 1
+      for (int i = 0; i < run; ++i) {
+        take();
+        multiply<W, NG>(acc, ring_at + stage * W::kBytes, xs_at + stage * kXBytes, row_scale);
+        give_back();
+      }
+      left -= run;
+      const bool ends = at.step + run == steps, finished = ends || int(at.left) == run;
+      if (finished) finish<T, NG>(a, acc, at, first_step == 0, ends ? 0 : at.output ? after[1] : after[0], stash);
+      if (left == 0) break;
+      at.skip(a, run);
+      if (finished) first_step = at.step;
+      load_scales();
+    }
   };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   __shared__ __align__(8) uint64_t full[kStages], empty[kStages];
-  if (threadIdx.x == 0) {
+  const auto fetch_weights = [&](const Cursor& c, int s) {
+    const Source& from = a.source[c.source(a)];
+    barrier_expect(&full[s], W::kBytes + kXBytes);
+    const uint8_t* const chunk = from.w + (size_t(c.group) * from.steps + c.column(a)) * W::kBytes;
+    kWeightsOnce ? bulk_copy_once(ring + s * W::kBytes, chunk, W::kBytes, &full[s]) : bulk_copy(ring + s * W::kBytes, chunk, W::kBytes, &full[s]);
+  };
+  const int filled = min(a.stages, count);
+  if (threadIdx.x == kWarps * 32) {
     for (int s = 0; s < a.stages; ++s) barrier_init(&full[s], 1), barrier_init(&empty[s], kWarps);
     barrier_init_fence();
+    Cursor ahead = at;
+    for (int s = 0; s < filled; ++s, ahead.skip(a, 1)) fetch_weights(ahead, s);
   }
-  __syncthreads();
+  __syncthreads();  // the barriers are there
   if (threadIdx.x >= kWarps * 32) {  // the producer is one thread
     if (threadIdx.x > kWarps * 32) return grid_wait();
-    const auto fetch_weights = [&](const Cursor& c, int s) {
-      const Source& from = a.source[c.source(a)];
-      barrier_expect(&full[s], W::kBytes + kXBytes);
-      const uint8_t* const chunk = from.w + (size_t(c.group) * from.steps + c.column(a)) * W::kBytes;
-      kWeightsOnce ? bulk_copy_once(ring + s * W::kBytes, chunk, W::kBytes, &full[s]) : bulk_copy(ring + s * W::kBytes, chunk, W::kBytes, &full[s]);
-    };
     const auto fetch_x = [&](const Cursor& c, int s) {
       const CUtensorMap* map = &a.source[c.source(a)].map;
 #pragma unroll
       for (int b = 0; b < W::kCols / 64; ++b) tensor_copy(xs + s * kXBytes + b * NG * kXTile, map, c.column(a) * W::kCols + b * 64, 0, &full[s]);
     };
     prefetch_map(&a.source[at.source(a)].map);
-    const int filled = min(a.stages, int(end - begin));
-    Cursor ahead = at;
-    for (int s = 0; s < filled; ++s, ahead.next(a)) fetch_weights(ahead, s);
     grid_wait();
-    for (int s = 0; s < filled; ++s, at.next(a)) fetch_x(at, s);
+    for (int s = 0; s < filled; ++s, at.skip(a, 1)) fetch_x(at, s);
     uint32_t parity = 0;
-    for (uint32_t c = begin + filled; c < end; ++c, at.next(a)) {
+    for (int c = filled; c < count; ++c, at.skip(a, 1)) {
       barrier_wait(&empty[stage], parity);
       fetch_weights(at, stage);
       fetch_x(at, stage);
@@ -331,25 +378,25 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, NG == 1 ? 2 : 1) stream_matr
     }
     return;
   }
-  load_scales(true);
-  grid_wait();
+  const uint32_t full_at = shared_address(full), empty_at = shared_address(empty);
+  const int stages = a.stages;
   uint32_t parity = 0;
-  for (uint32_t c = begin; c < end; ++c) {
-    if (c > begin) load_scales(false);
-    if (kStash && at.step == 0) begin_group(a, stash, at);
-    if (NG <= 2 && kPartsAhead && c + kPartsAhead == end) prefetch_parts(c);  // more do not fit the registers
-    barrier_wait(&full[stage], parity);
-    multiply<W, NG>(acc, ring + stage * W::kBytes, xs + stage * kXBytes, row_scale);
+  struct {
+    const uint32_t &full_at, &parity;
+    const int& stage;
+    __device__ __forceinline__ void begin() const { grid_wait(); }
+    __device__ __forceinline__ void operator()() const { barrier_wait(full_at + stage * 8, parity); }
+  } take{full_at, parity, stage};
+  consume(take, [&] {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(&empty[stage]);
-    if (++stage == a.stages) stage = 0, parity ^= 1;
-    close(c == end - 1);
-  }
+    if (threadIdx.x % 32 == 0) barrier_arrive(empty_at + stage * 8);
+    if (++stage == stages) stage = 0, parity ^= 1;
+  });
 #else
   Cursor ahead = at;
-  uint32_t fetched = begin;
+  int fetched = 0;
   const auto fetch = [&](int s) {
-    if (fetched++ < end) {
+    if (fetched++ < count) {
       const Source& from = a.source[ahead.source(a)];
       const uint8_t* w = from.w + (size_t(ahead.group) * from.steps + ahead.column(a)) * W::kBytes;
       for (int i = threadIdx.x; i < W::kBytes / 16; i += kWarps * 32) copy16(ring + s * W::kBytes + i * 16, w + i * 16);
@@ -358,13 +405,11 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, NG == 1 ? 2 : 1) stream_matr
         copy16(xs + s * kXBytes + block * NG * kXTile + row * 128 + (unit ^ row % 8) * 16, from.x + (size_t(row) * from.K + min(col, from.K - 8)) * 2,
                col < from.K ? 16 : 0);
       }
-      ahead.next(a);
+      ahead.skip(a, 1);
     }
     copy_commit();
   };
-  for (int s = 0; s < a.stages - 1; ++s) fetch(s);
-  for (uint32_t c = begin; c < end; ++c) {
-    load_scales(c == begin);
+  const auto take_next = [&] {
     switch (a.stages) {
       case 2: copy_wait<0>(); break;
       case 3: copy_wait<1>(); break;
@@ -372,10 +417,19 @@ __global__ void __launch_bounds__(kWarps * 32 + 32, NG == 1 ? 2 : 1) stream_matr
     }
     __syncthreads();
     fetch(stage == 0 ? a.stages - 1 : stage - 1);
-    multiply<W, NG>(acc, ring + stage * W::kBytes, xs + stage * kXBytes, row_scale);
+  };
+  const auto fill = [&] {
+    for (int s = 0; s < a.stages - 1; ++s) fetch(s);
+  };
+  struct {
+    const decltype(take_next)& next;
+    const decltype(fill)& first;
+    __device__ __forceinline__ void begin() const { first(); }
+    __device__ __forceinline__ void operator()() const { next(); }
+  } take{take_next, fill};
+  consume(take, [&] {
     if (++stage == a.stages) stage = 0;
-    close(c == end - 1);
-  }
+  });
 #endif
 }
 
@@ -387,7 +441,7 @@ void launch_stream(const Stream& s, DType act, Args& a) {
   if (s.bulk_copy)
     for (Source& from : a.source)
       if (from.x) from.map = rows_map(act, from.x, a.T, from.K, NG * 8);
-  launch(s, stream_matrix<W, NG>, int(std::min(uint32_t(s.sms), a.chunks)), kWarps * 32 + (s.bulk_copy ? 32 : 0),
+  launch(s, stream_matrix<W, NG>, int(std::min(uint32_t(s.sms), a.chunks[0] + a.chunks[1])), kWarps * 32 + (s.bulk_copy ? 32 : 0),
          size_t(ring_bytes<W>(a.stages)) + size_t(a.stages) * (stage_bytes - W::kBytes) + 1024, a);
 }
 
@@ -415,24 +469,28 @@ Source source(const DecodeInput& in, int N) {
 // b: nullptr, or a second product (out_b given) or a second part of K
 template <class W>
 void product(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const DecodeInput* in_b, const DecodeOutput* out_b,
-             const SplitScratch& scratch) {
+             const SplitScratch& scratch, int32_t* ready = nullptr) {
   Args a{};
   a.T = T;
   a.partial = scratch.partial;
   a.source[0] = source<W>(in, out.N);
   if (in_b) a.source[1] = source<W>(*in_b, out_b ? out_b->N : out.N);
   a.join = in_b && !out_b ? a.source[0].steps : INT_MAX;
-  a.output[0] = {out.N, int(groups_of(out.N)), a.source[0].steps + (in_b && !out_b ? a.source[1].steps : 0), out.epilogue};
-  if (out_b) a.output[1] = {out_b->N, int(groups_of(out_b->N)), a.source[1].steps, out_b->epilogue};
-  const int64_t split = int64_t(a.output[0].groups) * a.output[0].steps, chunks = split + int64_t(a.output[1].groups) * a.output[1].steps;
-  if ((chunks + 1) * s.sms >= int64_t(UINT32_MAX)) throw DeviceError(cat("CUDA: a matrix of ", chunks, " chunks is too large"));
-  a.split = uint32_t(split);
-  a.chunks = uint32_t(chunks);
+  a.output[0] = {out.N, int(groups_of(out.N)), a.source[0].steps + (in_b && !out_b ? a.source[1].steps : 0), {}, out.epilogue};
+  if (out_b) a.output[1] = {out_b->N, int(groups_of(out_b->N)), a.source[1].steps, {}, out_b->epilogue};
+  const int64_t first = int64_t(a.output[0].groups) * a.output[0].steps, second = int64_t(a.output[1].groups) * a.output[1].steps;
+  if ((first + second) * (s.sms + 1) > INT32_MAX) throw DeviceError(cat("CUDA: a matrix of ", first + second, " chunks is too large"));
+  a.chunks[0] = uint32_t(first), a.chunks[1] = uint32_t(second);
+  const int64_t blocks = std::min<int64_t>(s.sms, first + second);
+  a.in_turn = first >= blocks && (first + second) / blocks > (first + blocks - 1) / blocks;
+  a.by_blocks = Divider(uint32_t(blocks));
+  for (Output& o : a.output) o.by_steps = Divider(uint32_t(std::max(1, o.steps)));
+  a.ready = ready;
   stream_rows<W>(s, act, a);
 }
 
 // The formats of linear_decode_quantized.cu; both inputs have the same.
 void product_quantized(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const DecodeInput* in_b,
-                       const DecodeOutput* out_b, const SplitScratch& scratch);
+                       const DecodeOutput* out_b, const SplitScratch& scratch, int32_t* ready);
 
 }  // namespace codefuse::cuda::stream

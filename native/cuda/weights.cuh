@@ -48,30 +48,72 @@ __device__ __forceinline__ __nv_bfloat162 as_bfloat162(uint32_t v) { return *rei
 __device__ __forceinline__ uint32_t as_bits(__half2 v) { return *reinterpret_cast<uint32_t*>(&v); }
 __device__ __forceinline__ uint32_t as_bits(__nv_bfloat162 v) { return *reinterpret_cast<uint32_t*>(&v); }
 
-// What a kernel asks of W:
+// Weights in shared memory by their 32-bit address, for kernels that compute it once: a generic pointer to shared memory is put together
+// anew at every use.
+struct Shared {
+  uint32_t at;
+  __device__ __forceinline__ Shared operator+(int bytes) const { return {at + uint32_t(bytes)}; }
+};
+// volatile: not moved across barriers, which are volatile too
+__device__ __forceinline__ uint4 load16(Shared p) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(p.at));
+  return v;
+}
+__device__ __forceinline__ uint32_t load4(Shared p) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(p.at));
+  return v;
+}
+__device__ __forceinline__ uint32_t load2(Shared p) {
+  uint16_t v;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(p.at));
+  return v;
+}
+__device__ __forceinline__ uint4 load16(const uint8_t* p) { return *reinterpret_cast<const uint4*>(p); }
+__device__ __forceinline__ uint32_t load4(const uint8_t* p) { return *reinterpret_cast<const uint32_t*>(p); }
+__device__ __forceinline__ uint32_t load2(const uint8_t* p) { return *reinterpret_cast<const uint16_t*>(p); }
+
+// (w & mask) | bits in one instruction
+template <uint32_t mask, uint32_t bits>
+__device__ __forceinline__ uint32_t digit(uint32_t w) {
+  uint32_t v;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(w), "n"(mask), "r"(bits));
+  return v;
+}
+
+// What a kernel asks of W; a chunk is a pointer or Shared:
 //   Type                     of x and of the fragments
 //   kBytes, kCols            of a chunk
-//   kScale                   what sums over 64 columns are multiplied by: nothing, the row's scale, or block_scale(), which is in the chunk
-//   fragments(a, chunk, tile, block, lane)    a[s]: A operand of columns 64 block + 16 s .. + 15 of rows 16 tile .. + 15
-//   block_scale(chunk, tile, block, lane)     of rows 16 tile + lane / 4 and that + 8, columns 64 block .. + 63
+//   kScale                   what sums over 64 columns are multiplied by: nothing, the row's scale, or Group::scale
+//   kBlocks                  blocks of 64 columns that have a Group in common
+//   group(chunk, tile, block, lane)                 what the codes of rows 16 tile + lane / 4 and that + 8 have in common
+//   fragments(a, chunk, tile, block, lane, group)   a[s]: A operand of columns 64 block + 16 s .. + 15 of rows 16 tile .. + 15
 enum class Scale { none, row, block };
+
+struct NoGroup {};
 
 template <class T>
 struct Weights16 {
   using Type = T;
-  static constexpr int kCols = kChunkCols, kBytes = kChunkBytes;
+  using Group = NoGroup;
+  static constexpr int kCols = kChunkCols, kBytes = kChunkBytes, kBlocks = 1;
   static constexpr Scale kScale = Scale::none;
-  static __device__ __forceinline__ void fragments(uint4 (&a)[4], const uint8_t* chunk, int tile, int, int lane) {
+  template <class P> static __device__ __forceinline__ Group group(P, int, int, int) { return {}; }
+  template <class P>
+  static __device__ __forceinline__ void fragments(uint4 (&a)[4], P chunk, int tile, int, int lane, Group) {
 #pragma unroll
-    for (int s = 0; s < 4; ++s) a[s] = *reinterpret_cast<const uint4*>(chunk + tile * kRowTileBytes + s * 512 + lane * 16);
+    for (int s = 0; s < 4; ++s) a[s] = load16(chunk + (tile * kRowTileBytes + s * 512 + lane * 16));
   }
 };
 
 template <class T>
 struct Weights8 {
   using Type = T;
-  static constexpr int kCols = kCols8, kBytes = kBytes8;
+  using Group = NoGroup;
+  static constexpr int kCols = kCols8, kBytes = kBytes8, kBlocks = 1;
   static constexpr Scale kScale = Scale::row;
+  template <class P> static __device__ __forceinline__ Group group(P, int, int, int) { return {}; }
 
   // bytes 0, 2 and bytes 1, 3 of w, less 128
   static __device__ __forceinline__ void decode(uint32_t w, uint32_t& even, uint32_t& odd) {
@@ -81,22 +123,24 @@ struct Weights8 {
       odd = as_bits(__hsub2(as_half2(__byte_perm(w, 0x64646464u, 0x4341)), excess));
     } else {  // 128 + the low 7 bits, less 128 or, where the high bit is not set, 256
       const uint32_t h = w >> 8;
-      even = as_bits(__hsub2(as_bfloat162((w & 0x007f007fu) | 0x43004300u), as_bfloat162((~w & 0x00800080u) | 0x43004300u)));
-      odd = as_bits(__hsub2(as_bfloat162((h & 0x007f007fu) | 0x43004300u), as_bfloat162((~h & 0x00800080u) | 0x43004300u)));
+      even = as_bits(__hsub2(as_bfloat162(digit<0x007f007f, 0x43004300>(w)), as_bfloat162(digit<0x00800080, 0x43004300>(~w))));
+      odd = as_bits(__hsub2(as_bfloat162(digit<0x007f007f, 0x43004300>(h)), as_bfloat162(digit<0x00800080, 0x43004300>(~h))));
     }
   }
 
-  static __device__ __forceinline__ void tile_fragments(uint4 (&a)[4], const uint8_t* codes /*[kTile8]*/, int lane) {
+  template <class P>
+  static __device__ __forceinline__ void tile_fragments(uint4 (&a)[4], P codes /*[kTile8]*/, int lane) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint4 q = *reinterpret_cast<const uint4*>(codes + i * 512 + lane * 16);
+      const uint4 q = load16(codes + (i * 512 + lane * 16));
       decode(q.x, a[2 * i].x, a[2 * i].y);
       decode(q.y, a[2 * i].z, a[2 * i].w);
       decode(q.z, a[2 * i + 1].x, a[2 * i + 1].y);
       decode(q.w, a[2 * i + 1].z, a[2 * i + 1].w);
     }
   }
-  static __device__ __forceinline__ void fragments(uint4 (&a)[4], const uint8_t* chunk, int tile, int block, int lane) {
+  template <class P>
+  static __device__ __forceinline__ void fragments(uint4 (&a)[4], P chunk, int tile, int block, int lane, Group) {
     tile_fragments(a, chunk + (block * 16 + tile) * kTile8, lane);
   }
 };
@@ -104,39 +148,56 @@ struct Weights8 {
 template <class T>
 struct Weights4 {
   using Type = T;
-  static constexpr int kCols = kCols4, kBytes = kBytes4;
+  struct Group {
+    uint32_t low, high;  // what is subtracted from codes of row g and of row g + 8, twice
+    float2 scale;        // of the two
+  };
+  static constexpr int kCols = kCols4, kBytes = kBytes4, kBlocks = 2;
   static constexpr Scale kScale = Scale::block;
 
   // zero: of row g, and of row g + 8 in the next byte
-  static __device__ __forceinline__ void tile_fragments(uint4 (&a)[4], const uint8_t* codes /*[kTile4]*/, uint32_t zero, int lane) {
-    const uint4 q = *reinterpret_cast<const uint4*>(codes + lane * 16);
+  static __device__ __forceinline__ Group excess(uint32_t zero) {
+    Group g;
+    if constexpr (std::is_same<T, __half>::value)  // -(1024 + zero); -(64 + zero)
+      g.low = __byte_perm(zero, 0xe4e4e4e4u, 0x4040), g.high = __byte_perm(zero, 0xd4d4d4d4u, 0x4141);
+    else  // -(128 + zero)
+      g.low = __byte_perm(zero, 0xc3c3c3c3u, 0x4040), g.high = __byte_perm(zero, 0xc3c3c3c3u, 0x4141);
+    return g;
+  }
+  template <class P>
+  static __device__ __forceinline__ void tile_fragments(uint4 (&a)[4], P codes /*[kTile4]*/, const Group& g, int lane) {
+    const uint4 q = load16(codes + lane * 16);
     const uint32_t words[4] = {q.x, q.y, q.z, q.w};
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       const uint32_t w = words[s], h = w >> 8;
       if constexpr (std::is_same<T, __half>::value) {
         // row g: 1024 + code, less 1024 + zero; row g + 8: 1024 + 16 code, divided by 16, less 64 + zero
-        const __half2 low = as_half2(__byte_perm(zero, 0xe4e4e4e4u, 0x4040)), high = as_half2(__byte_perm(zero, 0xd4d4d4d4u, 0x4141));
-        const __half2 sixteenth = as_half2(0x2c002c00u);
-        a[s].x = as_bits(__hadd2(as_half2((w & 0x000f000fu) | 0x64006400u), low));
-        a[s].y = as_bits(__hfma2(as_half2((w & 0x00f000f0u) | 0x64006400u), sixteenth, high));
-        a[s].z = as_bits(__hadd2(as_half2((h & 0x000f000fu) | 0x64006400u), low));
-        a[s].w = as_bits(__hfma2(as_half2((h & 0x00f000f0u) | 0x64006400u), sixteenth, high));
+        const __half2 low = as_half2(g.low), high = as_half2(g.high), sixteenth = as_half2(0x2c002c00u);
+        a[s].x = as_bits(__hadd2(as_half2(digit<0x000f000f, 0x64006400>(w)), low));
+        a[s].y = as_bits(__hfma2(as_half2(digit<0x00f000f0, 0x64006400>(w)), sixteenth, high));
+        a[s].z = as_bits(__hadd2(as_half2(digit<0x000f000f, 0x64006400>(h)), low));
+        a[s].w = as_bits(__hfma2(as_half2(digit<0x00f000f0, 0x64006400>(h)), sixteenth, high));
       } else {  // 128 + code, less 128 + zero
-        const __nv_bfloat162 low = as_bfloat162(__byte_perm(zero, 0xc3c3c3c3u, 0x4040)), high = as_bfloat162(__byte_perm(zero, 0xc3c3c3c3u, 0x4141));
-        a[s].x = as_bits(__hadd2(as_bfloat162((w & 0x000f000fu) | 0x43004300u), low));
-        a[s].y = as_bits(__hadd2(as_bfloat162((w >> 4 & 0x000f000fu) | 0x43004300u), high));
-        a[s].z = as_bits(__hadd2(as_bfloat162((h & 0x000f000fu) | 0x43004300u), low));
-        a[s].w = as_bits(__hadd2(as_bfloat162((h >> 4 & 0x000f000fu) | 0x43004300u), high));
+        const __nv_bfloat162 low = as_bfloat162(g.low), high = as_bfloat162(g.high);
+        a[s].x = as_bits(__hadd2(as_bfloat162(digit<0x000f000f, 0x43004300>(w)), low));
+        a[s].y = as_bits(__hadd2(as_bfloat162(digit<0x000f000f, 0x43004300>(w >> 4)), high));
+        a[s].z = as_bits(__hadd2(as_bfloat162(digit<0x000f000f, 0x43004300>(h)), low));
+        a[s].w = as_bits(__hadd2(as_bfloat162(digit<0x000f000f, 0x43004300>(h >> 4)), high));
       }
     }
   }
-  static __device__ __forceinline__ void fragments(uint4 (&a)[4], const uint8_t* chunk, int tile, int block, int lane) {
-    tile_fragments(a, chunk + (block * 16 + tile) * kTile4,
-                   *reinterpret_cast<const uint16_t*>(chunk + kCodes4 + kScales4 + (tile * 8 + lane / 4) * 4 + block / 2 * 2), lane);
+  template <class P>
+  static __device__ __forceinline__ Group group(P chunk, int tile, int block, int lane) {
+    const int at = tile * 8 + lane / 4;
+    Group g = excess(load2(chunk + (kCodes4 + kScales4 + at * 4 + block / 2 * 2)));
+    const uint32_t scales = load4(chunk + (kCodes4 + at * 8 + block / 2 * 4));
+    g.scale = __half22float2(as_half2(scales));
+    return g;
   }
-  static __device__ __forceinline__ float2 block_scale(const uint8_t* chunk, int tile, int block, int lane) {
-    return __half22float2(*reinterpret_cast<const __half2*>(chunk + kCodes4 + (tile * 8 + lane / 4) * 8 + block / 2 * 4));
+  template <class P>
+  static __device__ __forceinline__ void fragments(uint4 (&a)[4], P chunk, int tile, int block, int lane, const Group& g) {
+    tile_fragments(a, chunk + (block * 16 + tile) * kTile4, g, lane);
   }
 };
 
