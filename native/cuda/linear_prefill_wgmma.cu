@@ -271,13 +271,13 @@ template <class W>
 __device__ __forceinline__ void load_fragments(uint4 (&a)[4], const uint8_t* stage, int tile, int block, int lane) {
   using T = typename W::Type;
   if constexpr (W::kScale == Scale::none) {
-    W::fragments(a, stage, tile, block, lane, {});
+    fragments<W>(a, W::codes(stage, tile, block, lane), {});
   } else if constexpr (W::kScale == Scale::row) {
-    W::tile_fragments(a, stage + tile * kTile8, lane);
+    fragments<W>(a, W::tile_codes(stage + tile * kTile8, lane), {});
   } else {
     const int at = tile * 8 + lane / 4, group = block / 2;
     const __half2 scale = *reinterpret_cast<const __half2*>(stage + 8 * kTile4 + at * 8 + group * 4);  // of row g, of row g + 8
-    W::tile_fragments(a, stage + tile * kTile4, W::excess(load2(stage + (8 * kTile4 + kScales4 / 2 + at * 4 + group * 2))), lane);
+    fragments<W>(a, W::tile_codes(stage + tile * kTile4, lane), W::excess(load2(stage + (8 * kTile4 + kScales4 / 2 + at * 4 + group * 2))));
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       if constexpr (std::is_same<T, __half>::value) {

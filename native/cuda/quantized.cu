@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(256) expand_tiles(const uint8_t* __restrict__ 
     if (chunk16 >= steps16) break;
     uint4 a[4];
     const typename W::Group group = W::group(chunk, tile, block, lane);
-    W::fragments(a, chunk, tile, block, lane, group);
+    fragments<W>(a, W::codes(chunk, tile, block, lane), group);
     const float2 s = scales_of<W>(group, row_scale + blockIdx.y * kGroupRows, tile, lane);
     uint8_t* const to = dst + (size_t(blockIdx.y) * steps16 + chunk16) * kChunkBytes + tile * kRowTileBytes + lane * 16;
 #pragma unroll
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(256) read_tiles(const uint8_t* __restrict__ sr
   for (int block = 0; block < W::kCols / 64; ++block) {
     uint4 a[4];
     const typename W::Group group = W::group(chunk, tile, block, lane);
-    W::fragments(a, chunk, tile, block, lane, group);
+    fragments<W>(a, W::codes(chunk, tile, block, lane), group);
     const float2 s = scales_of<W>(group, row_scale + blockIdx.y * kGroupRows, tile, lane);
     for (int i = 0; i < 16; ++i) {
       const uint4 f = a[i / 4];

@@ -37,12 +37,11 @@ template <int NG> constexpr int kStashFloats = (2 + (NG == 1 ? kStashRows : 0)) 
 constexpr uint32_t kAbsent = 0xffffffffu;  // in place of a part that has not come yet; SplitScratch is full of it between launches
 
 struct Source {
-  CUtensorMap map;     // of x, boxes of 8 NG rows
-  const uint8_t* x;    // [T, K] 16-bit
   const uint8_t* w;    // chunks
-  const float* scale;  // [N] or nullptr
   int steps;           // chunks of a row group
   int K;
+  const float* scale;  // [N] or nullptr
+  const uint8_t* x;    // [T, K] 16-bit
 };
 // x / d for x < 2^31 by a multiplication (Granlund and Montgomery, 1994).
 struct Divider {
@@ -57,21 +56,24 @@ struct Divider {
 #endif
 };
 struct Output {
-  int N, groups, steps;
-  Divider by_steps;
+  int N, groups;
   Epilogue epilogue;
 };
+// First what the producer asks for: a launch finds its parameters in no cache.
 struct Args {
-  Source source[2];
-  Output output[2];
-  int T;
-  int stages;
-  uint32_t chunks[2];  // of the outputs
-  bool in_turn;        // every block has a share of both outputs
+  uint32_t chunks[2];   // of the outputs
   Divider by_blocks;
-  int join;            // step of a group of output 0 from which on it is source 1's
-  float* partial;      // [2, blocks, kPart], by output
-  int32_t* ready;      // nullptr, or where a warp adds 1 for the rows of output 0 it has stored
+  int steps[2];         // chunks of a row group of the outputs
+  Divider by_steps[2];
+  int in_turn;          // every block has a share of both outputs
+  int join;             // step of a group of output 0 from which on it is source 1's
+  int stages;
+  int T;
+  Source source[2];
+  float* partial;       // [2, blocks, kPart], by output
+  int32_t* ready;       // nullptr, or where a warp adds 1 for the rows of output 0 it has stored
+  Output output[2];
+  CUtensorMap map[2];   // of x, boxes of 8 NG rows
 };
 
 // Bytes of the ring's chunks; x after them begins at a multiple of 1024, as its swizzle needs.
@@ -88,8 +90,7 @@ __device__ __forceinline__ uint32_t share_begin(const Args& a, int output, uint3
 __device__ __forceinline__ int blocks_after(const Args& a, int output) {
   const uint32_t end = share_begin(a, output, blockIdx.x + 1);
   if (end == 0) return 0;
-  const Output& out = a.output[output];
-  const uint32_t group_end = (out.by_steps(end - 1) + 1) * uint32_t(out.steps);
+  const uint32_t group_end = (a.by_steps[output](end - 1) + 1) * uint32_t(a.steps[output]);
   int n = 0;
   while (share_begin(a, output, blockIdx.x + 1 + n) < group_end) ++n;
   return n;
@@ -110,15 +111,15 @@ struct Cursor {
     const uint32_t begin = share_begin(a, o, blockIdx.x);
     output = o;
     left = share_begin(a, o, blockIdx.x + 1) - begin;
-    group = left ? int(a.output[o].by_steps(begin)) : 0;
-    step = left ? int(begin) - group * a.output[o].steps : 0;
+    group = left ? int(a.by_steps[o](begin)) : 0;
+    step = left ? int(begin) - group * a.steps[o] : 0;
   }
   // n chunks on, no further than the first of the next group
   __device__ __forceinline__ void skip(const Args& a, int n) {
     left -= n;
     if (left == 0 && output == 0) return enter(a, 1);
     step += n;
-    if (step == a.output[output].steps) step = 0, ++group;
+    if (step == a.steps[output]) step = 0, ++group;
   }
   __device__ __forceinline__ int source(const Args& a) const { return output | (step >= a.join); }
   __device__ __forceinline__ int column(const Args& a) const { return step >= a.join ? step - a.join : step; }  // in chunks
@@ -250,43 +251,79 @@ __device__ __forceinline__ void finish(const Args& a, float (&acc)[2][NG][4], co
   if (a.ready && mine && at.output == 0 && lane == 0) asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(a.ready) : "memory");
 }
 
-// One chunk: 8 warps x (2 row tiles) x NG groups of 8 rows of x.
+template <class W, int S>
+__device__ __forceinline__ void step(float (&sum)[4], const typename W::Codes& codes, const typename W::Group& group, const uint32_t (&x)[8]) {
+  const uint4 f = W::template fragment<S>(codes, group);
+  mma16816<typename W::Type>(sum, f.x, f.y, f.z, f.w, x[2 * S], x[2 * S + 1]);
+}
+
+// One chunk: 8 warps x (2 row tiles) x NG groups of 8 rows of x. Sums over 64 columns in order, scaled, in order.
 template <class W, int NG>
-__device__ __forceinline__ void multiply(float (&acc)[2][NG][4], Shared w, Shared x, const float (&row_scale)[2][2]) {
+__device__ __forceinline__ void multiply(float (&acc)[2][NG][4], Shared w, Shared xs, const float (&row_scale)[2][2]) {
   using T = typename W::Type;
+  constexpr int kBlocks = W::kCols / 64, kTogether = NG == 1 && kBlocks > 1 ? 2 : 1;  // blocks whose sums go on side by side
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane % 8;
-  const uint32_t lo = x.at + r * 128 + ((lane / 8) ^ r) * 16;      // columns 0 .. 31 of 8 rows of x
-  const uint32_t hi = x.at + r * 128 + ((lane / 8 + 4) ^ r) * 16;  // columns 32 .. 63
-#pragma unroll (NG == 1 ? W::kCols / 64 / W::kBlocks : 1)  // more at a time do not fit the registers
-  for (int first = 0; first < W::kCols / 64; first += W::kBlocks) {
-    typename W::Group group[2];
+  const uint32_t lo = xs.at + r * 128 + ((lane / 8) ^ r) * 16;      // columns 0 .. 31 of 8 rows of x
+  const uint32_t hi = xs.at + r * 128 + ((lane / 8 + 4) ^ r) * 16;  // columns 32 .. 63
+  const auto load_x = [&](uint32_t(&x)[8], int block, int j) {
+    uint32_t b0[4], b1[4];
+    ldmatrix4(b0, lo + (block * NG + j) * kXTile);
+    ldmatrix4(b1, hi + (block * NG + j) * kXTile);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) group[i] = W::group(w, warp * 2 + i, first, lane);
-#pragma unroll (NG <= 2 ? W::kBlocks : 1)
-    for (int b = 0; b < W::kBlocks; ++b) {
-      const int block = first + b;
+    for (int i = 0; i < 4; ++i) x[i] = b0[i], x[i + 4] = b1[i];
+  };
+  typename W::Group group[2];
+  const auto add = [&](int i, int j, const float(&z)[4]) {
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      float scale = row_scale[i][q / 2];
+      if constexpr (W::kScale == Scale::block) scale = q / 2 ? group[i].scale.y : group[i].scale.x;
+      acc[i][j][q] = fmaf(scale, z[q], acc[i][j][q]);
+    }
+  };
+#pragma unroll (NG == 1 ? kBlocks / kTogether : 1)  // more at a time do not fit the registers
+  for (int first = 0; first < kBlocks; first += kTogether) {
+    if (NG > 1 || first % W::kBlocks == 0)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) group[i] = W::group(w, warp * 2 + i, first, lane);
+    typename W::Codes codes[kTogether][2];
+#pragma unroll
+    for (int b = 0; b < kTogether; ++b)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) codes[b][i] = W::codes(w, warp * 2 + i, first + b, lane);
+    if constexpr (NG == 1) {
+      uint32_t x[kTogether][8];
+      float z[kTogether][2][4] = {};
+#pragma unroll
+      for (int b = 0; b < kTogether; ++b) load_x(x[b], first + b, 0);
+      const auto steps = [&](auto s) {
+#pragma unroll
+        for (int b = 0; b < kTogether; ++b)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) step<W, decltype(s)::value>(W::kScale == Scale::none ? acc[i][0] : z[b][i], codes[b][i], group[i], x[b]);
+      };
+      steps(std::integral_constant<int, 0>()), steps(std::integral_constant<int, 1>());
+      steps(std::integral_constant<int, 2>()), steps(std::integral_constant<int, 3>());
+      if constexpr (W::kScale != Scale::none)
+#pragma unroll
+        for (int b = 0; b < kTogether; ++b)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) add(i, 0, z[b][i]);
+    } else {
       uint4 f[2][4];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) W::fragments(f[i], w, warp * 2 + i, block, lane, group[i]);
+      for (int i = 0; i < 2; ++i) fragments<W>(f[i], codes[0][i], group[i]);
 #pragma unroll
       for (int j = 0; j < NG; ++j) {
-        uint32_t b0[4], b1[4];
-        ldmatrix4(b0, lo + (block * NG + j) * kXTile);
-        ldmatrix4(b1, hi + (block * NG + j) * kXTile);
+        uint32_t x[8];
+        load_x(x, first, j);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float z[4] = {};
           float(&sum)[4] = W::kScale == Scale::none ? acc[i][j] : z;
 #pragma unroll
-          for (int s = 0; s < 4; ++s)
-            mma16816<T>(sum, f[i][s].x, f[i][s].y, f[i][s].z, f[i][s].w, s < 2 ? b0[2 * s] : b1[2 * s - 4], s < 2 ? b0[2 * s + 1] : b1[2 * s - 3]);
-          if constexpr (W::kScale != Scale::none)
-#pragma unroll
-            for (int q = 0; q < 4; ++q) {
-              float scale = row_scale[i][q / 2];
-              if constexpr (W::kScale == Scale::block) scale = q / 2 ? group[i].scale.y : group[i].scale.x;
-              acc[i][j][q] = fmaf(scale, z[q], acc[i][j][q]);
-            }
+          for (int s = 0; s < 4; ++s) mma16816<T>(sum, f[i][s].x, f[i][s].y, f[i][s].z, f[i][s].w, x[2 * s], x[2 * s + 1]);
+          if constexpr (W::kScale != Scale::none) add(i, j, z);
         }
       }
     }
@@ -326,7 +363,7 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : kWarps * 32 + 32) st
     take.begin();
     while (true) {
       if (kStash && at.step == 0) begin_group(a, stash, at);
-      const int steps = a.output[at.output].steps, run = min(int(at.left), (at.step < a.join ? min(a.join, steps) : steps) - at.step);
+      const int steps = a.steps[at.output], run = min(int(at.left), (at.step < a.join ? min(a.join, steps) : steps) - at.step);
 #pragma unroll 1
       for (int i = 0; i < run; ++i) {
         take();
@@ -362,11 +399,11 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : kWarps * 32 + 32) st
   if (threadIdx.x >= kWarps * 32) {  // the producer is one thread
     if (threadIdx.x > kWarps * 32) return grid_wait();
     const auto fetch_x = [&](const Cursor& c, int s) {
-      const CUtensorMap* map = &a.source[c.source(a)].map;
+      const CUtensorMap* map = &a.map[c.source(a)];
 #pragma unroll
       for (int b = 0; b < W::kCols / 64; ++b) tensor_copy(xs + s * kXBytes + b * NG * kXTile, map, c.column(a) * W::kCols + b * 64, 0, &full[s]);
     };
-    prefetch_map(&a.source[at.source(a)].map);
+    prefetch_map(&a.map[at.source(a)]);
     grid_wait();
     for (int s = 0; s < filled; ++s, at.skip(a, 1)) fetch_x(at, s);
     uint32_t parity = 0;
@@ -439,8 +476,8 @@ void launch_stream(const Stream& s, DType act, Args& a) {
   a.stages = std::min((s.shared_max - 2048 - (s.bulk_copy ? kStashFloats<NG> * 4 : 0)) / stage_bytes, s.bulk_copy ? kStages : 4);
   if (a.stages < 2) throw DeviceError(cat("CUDA: this device's ", s.shared_max, " bytes of shared memory per block are too few"));
   if (s.bulk_copy)
-    for (Source& from : a.source)
-      if (from.x) from.map = rows_map(act, from.x, a.T, from.K, NG * 8);
+    for (int i = 0; i < 2; ++i)
+      if (a.source[i].x) a.map[i] = rows_map(act, a.source[i].x, a.T, a.source[i].K, NG * 8);
   launch(s, stream_matrix<W, NG>, int(std::min(uint32_t(s.sms), a.chunks[0] + a.chunks[1])), kWarps * 32 + (s.bulk_copy ? 32 : 0),
          size_t(ring_bytes<W>(a.stages)) + size_t(a.stages) * (stage_bytes - W::kBytes) + 1024, a);
 }
@@ -476,15 +513,16 @@ void product(const Stream& s, DType act, int T, const DecodeInput& in, const Dec
   a.source[0] = source<W>(in, out.N);
   if (in_b) a.source[1] = source<W>(*in_b, out_b ? out_b->N : out.N);
   a.join = in_b && !out_b ? a.source[0].steps : INT_MAX;
-  a.output[0] = {out.N, int(groups_of(out.N)), a.source[0].steps + (in_b && !out_b ? a.source[1].steps : 0), {}, out.epilogue};
-  if (out_b) a.output[1] = {out_b->N, int(groups_of(out_b->N)), a.source[1].steps, {}, out_b->epilogue};
-  const int64_t first = int64_t(a.output[0].groups) * a.output[0].steps, second = int64_t(a.output[1].groups) * a.output[1].steps;
+  a.output[0] = {out.N, int(groups_of(out.N)), out.epilogue};
+  a.steps[0] = a.source[0].steps + (in_b && !out_b ? a.source[1].steps : 0);
+  if (out_b) a.output[1] = {out_b->N, int(groups_of(out_b->N)), out_b->epilogue}, a.steps[1] = a.source[1].steps;
+  const int64_t first = int64_t(a.output[0].groups) * a.steps[0], second = int64_t(a.output[1].groups) * a.steps[1];
   if ((first + second) * (s.sms + 1) > INT32_MAX) throw DeviceError(cat("CUDA: a matrix of ", first + second, " chunks is too large"));
   a.chunks[0] = uint32_t(first), a.chunks[1] = uint32_t(second);
   const int64_t blocks = std::min<int64_t>(s.sms, first + second);
   a.in_turn = first >= blocks && (first + second) / blocks > (first + blocks - 1) / blocks;
   a.by_blocks = Divider(uint32_t(blocks));
-  for (Output& o : a.output) o.by_steps = Divider(uint32_t(std::max(1, o.steps)));
+  for (int o = 0; o < 2; ++o) a.by_steps[o] = Divider(uint32_t(std::max(1, a.steps[o])));
   a.ready = ready;
   stream_rows<W>(s, act, a);
 }

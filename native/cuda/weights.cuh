@@ -87,11 +87,20 @@ __device__ __forceinline__ uint32_t digit(uint32_t w) {
 //   kBytes, kCols            of a chunk
 //   kScale                   what sums over 64 columns are multiplied by: nothing, the row's scale, or Group::scale
 //   kBlocks                  blocks of 64 columns that have a Group in common
-//   group(chunk, tile, block, lane)                 what the codes of rows 16 tile + lane / 4 and that + 8 have in common
-//   fragments(a, chunk, tile, block, lane, group)   a[s]: A operand of columns 64 block + 16 s .. + 15 of rows 16 tile .. + 15
+//   group(chunk, tile, block, lane)   what the codes of rows 16 tile + lane / 4 and that + 8 have in common
+//   Codes, codes(chunk, tile, block, lane)   a lane's share of rows 16 tile .. + 15, columns 64 block .. + 63
+//   fragment<s>(codes, group)         A operand of columns 64 block + 16 s .. + 15
 enum class Scale { none, row, block };
 
 struct NoGroup {};
+template <int N> struct Words { uint4 v[N]; };
+
+// all four fragments
+template <class W>
+__device__ __forceinline__ void fragments(uint4 (&a)[4], const typename W::Codes& codes, const typename W::Group& group) {
+  a[0] = W::template fragment<0>(codes, group), a[1] = W::template fragment<1>(codes, group);
+  a[2] = W::template fragment<2>(codes, group), a[3] = W::template fragment<3>(codes, group);
+}
 
 template <class T>
 struct Weights16 {
@@ -100,11 +109,15 @@ struct Weights16 {
   static constexpr int kCols = kChunkCols, kBytes = kChunkBytes, kBlocks = 1;
   static constexpr Scale kScale = Scale::none;
   template <class P> static __device__ __forceinline__ Group group(P, int, int, int) { return {}; }
+  using Codes = Words<4>;
   template <class P>
-  static __device__ __forceinline__ void fragments(uint4 (&a)[4], P chunk, int tile, int, int lane, Group) {
+  static __device__ __forceinline__ Codes codes(P chunk, int tile, int, int lane) {
+    Codes c;
 #pragma unroll
-    for (int s = 0; s < 4; ++s) a[s] = load16(chunk + (tile * kRowTileBytes + s * 512 + lane * 16));
+    for (int s = 0; s < 4; ++s) c.v[s] = load16(chunk + (tile * kRowTileBytes + s * 512 + lane * 16));
+    return c;
   }
+  template <int S> static __device__ __forceinline__ uint4 fragment(const Codes& c, const Group&) { return c.v[S]; }
 };
 
 template <class T>
@@ -128,20 +141,19 @@ struct Weights8 {
     }
   }
 
+  using Codes = Words<2>;
   template <class P>
-  static __device__ __forceinline__ void tile_fragments(uint4 (&a)[4], P codes /*[kTile8]*/, int lane) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint4 q = load16(codes + (i * 512 + lane * 16));
-      decode(q.x, a[2 * i].x, a[2 * i].y);
-      decode(q.y, a[2 * i].z, a[2 * i].w);
-      decode(q.z, a[2 * i + 1].x, a[2 * i + 1].y);
-      decode(q.w, a[2 * i + 1].z, a[2 * i + 1].w);
-    }
+  static __device__ __forceinline__ Codes tile_codes(P tile /*[kTile8]*/, int lane) {
+    return {{load16(tile + lane * 16), load16(tile + (512 + lane * 16))}};
   }
   template <class P>
-  static __device__ __forceinline__ void fragments(uint4 (&a)[4], P chunk, int tile, int block, int lane, Group) {
-    tile_fragments(a, chunk + (block * 16 + tile) * kTile8, lane);
+  static __device__ __forceinline__ Codes codes(P chunk, int tile, int block, int lane) { return tile_codes(chunk + (block * 16 + tile) * kTile8, lane); }
+  template <int S>
+  static __device__ __forceinline__ uint4 fragment(const Codes& c, const Group&) {
+    uint4 a;
+    decode(S % 2 ? c.v[S / 2].z : c.v[S / 2].x, a.x, a.y);
+    decode(S % 2 ? c.v[S / 2].w : c.v[S / 2].y, a.z, a.w);
+    return a;
   }
 };
 
@@ -164,28 +176,30 @@ struct Weights4 {
       g.low = __byte_perm(zero, 0xc3c3c3c3u, 0x4040), g.high = __byte_perm(zero, 0xc3c3c3c3u, 0x4141);
     return g;
   }
+  using Codes = Words<1>;
   template <class P>
-  static __device__ __forceinline__ void tile_fragments(uint4 (&a)[4], P codes /*[kTile4]*/, const Group& g, int lane) {
-    const uint4 q = load16(codes + lane * 16);
-    const uint32_t words[4] = {q.x, q.y, q.z, q.w};
-#pragma unroll
-    for (int s = 0; s < 4; ++s) {
-      const uint32_t w = words[s], h = w >> 8;
-      if constexpr (std::is_same<T, __half>::value) {
-        // row g: 1024 + code, less 1024 + zero; row g + 8: 1024 + 16 code, divided by 16, less 64 + zero
-        const __half2 low = as_half2(g.low), high = as_half2(g.high), sixteenth = as_half2(0x2c002c00u);
-        a[s].x = as_bits(__hadd2(as_half2(digit<0x000f000f, 0x64006400>(w)), low));
-        a[s].y = as_bits(__hfma2(as_half2(digit<0x00f000f0, 0x64006400>(w)), sixteenth, high));
-        a[s].z = as_bits(__hadd2(as_half2(digit<0x000f000f, 0x64006400>(h)), low));
-        a[s].w = as_bits(__hfma2(as_half2(digit<0x00f000f0, 0x64006400>(h)), sixteenth, high));
-      } else {  // 128 + code, less 128 + zero
-        const __nv_bfloat162 low = as_bfloat162(g.low), high = as_bfloat162(g.high);
-        a[s].x = as_bits(__hadd2(as_bfloat162(digit<0x000f000f, 0x43004300>(w)), low));
-        a[s].y = as_bits(__hadd2(as_bfloat162(digit<0x000f000f, 0x43004300>(w >> 4)), high));
-        a[s].z = as_bits(__hadd2(as_bfloat162(digit<0x000f000f, 0x43004300>(h)), low));
-        a[s].w = as_bits(__hadd2(as_bfloat162(digit<0x000f000f, 0x43004300>(h >> 4)), high));
-      }
+  static __device__ __forceinline__ Codes tile_codes(P tile /*[kTile4]*/, int lane) { return {{load16(tile + lane * 16)}}; }
+  template <class P>
+  static __device__ __forceinline__ Codes codes(P chunk, int tile, int block, int lane) { return tile_codes(chunk + (block * 16 + tile) * kTile4, lane); }
+  template <int S>
+  static __device__ __forceinline__ uint4 fragment(const Codes& c, const Group& g) {
+    const uint32_t w = S == 0 ? c.v[0].x : S == 1 ? c.v[0].y : S == 2 ? c.v[0].z : c.v[0].w, h = w >> 8;
+    uint4 a;
+    if constexpr (std::is_same<T, __half>::value) {
+      // row g: 1024 + code, less 1024 + zero; row g + 8: 1024 + 16 code, divided by 16, less 64 + zero
+      const __half2 low = as_half2(g.low), high = as_half2(g.high), sixteenth = as_half2(0x2c002c00u);
+      a.x = as_bits(__hadd2(as_half2(digit<0x000f000f, 0x64006400>(w)), low));
+      a.y = as_bits(__hfma2(as_half2(digit<0x00f000f0, 0x64006400>(w)), sixteenth, high));
+      a.z = as_bits(__hadd2(as_half2(digit<0x000f000f, 0x64006400>(h)), low));
+      a.w = as_bits(__hfma2(as_half2(digit<0x00f000f0, 0x64006400>(h)), sixteenth, high));
+    } else {  // 128 + code, less 128 + zero
+      const __nv_bfloat162 low = as_bfloat162(g.low), high = as_bfloat162(g.high);
+      a.x = as_bits(__hadd2(as_bfloat162(digit<0x000f000f, 0x43004300>(w)), low));
+      a.y = as_bits(__hadd2(as_bfloat162(digit<0x000f000f, 0x43004300>(w >> 4)), high));
+      a.z = as_bits(__hadd2(as_bfloat162(digit<0x000f000f, 0x43004300>(h)), low));
+      a.w = as_bits(__hadd2(as_bfloat162(digit<0x000f000f, 0x43004300>(h >> 4)), high));
     }
+    return a;
   }
   template <class P>
   static __device__ __forceinline__ Group group(P chunk, int tile, int block, int lane) {
@@ -194,10 +208,6 @@ struct Weights4 {
     const uint32_t scales = load4(chunk + (kCodes4 + at * 8 + block / 2 * 4));
     g.scale = __half22float2(as_half2(scales));
     return g;
-  }
-  template <class P>
-  static __device__ __forceinline__ void fragments(uint4 (&a)[4], P chunk, int tile, int block, int lane, const Group& g) {
-    tile_fragments(a, chunk + (block * 16 + tile) * kTile4, g, lane);
   }
 };
 
