@@ -23,7 +23,7 @@ void decode_linear_pair(const Stream& s, DType act, int T, const DecodeInput& in
   run(s, act, T, in_a, out_a, &in_b, &out_b, scratch, ready);
 }
 
-int ready_count(int N) { return int(groups_of(N)) * stream::kWarps; }
+int ready_count(int N) { return int(groups_of(N)) * 16; }  // by row tiles
 
 void decode_linear_sum(const Stream& s, DType act, int T, const DecodeInput& in_a, const DecodeInput& in_b, const DecodeOutput& out,
                        const SplitScratch& scratch) {

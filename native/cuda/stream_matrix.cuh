@@ -17,7 +17,10 @@
 
 namespace codefuse::cuda::stream {
 
-constexpr int kWarps = 8;         // consumers, 32 rows of a chunk each
+// A consumer warp has kTiles row tiles of a chunk. Up to 8 rows of x each tile more saves reads of x; more rows want more warps to hide
+// each other's latencies.
+template <int NG> constexpr int kTiles = NG == 1 ? 2 : 1;
+template <int NG> constexpr int kWarps = 16 / kTiles<NG>;
 constexpr int kStages = 6;        // of the ring at most
 // Three warps of 128 registers on a quarter of a multiprocessor, as many as so many threads would have, leave room for one of attention.
 constexpr int kFewRegisters = 512;
@@ -136,20 +139,30 @@ __device__ __forceinline__ float present(float v) { return absent(v) ? __uint_as
 
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
+// What a lane has of a group at its end: a row of the group, and tokens: all, or every other one where 16 lanes have all rows of a warp.
+template <int NG>
+struct Own {
+  static constexpr int kRows = 16 * kTiles<NG>, kStep = 32 / kRows;
+  static __device__ __forceinline__ int row() { return int(threadIdx.x) / 32 * kRows + int(threadIdx.x) % kRows; }
+  static __device__ __forceinline__ int token() { return int(threadIdx.x) % 32 / kRows; }  // the first
+};
+
 // At the beginning of a group, whose first block ends it: bias, bias_b, rows of y to stash [.][kGroupRows]. A warp
-// has its 32 rows of them for itself.
+// has its rows of them for itself.
+template <int NG>
 __device__ __forceinline__ void begin_group(const Args& a, float* stash, const Cursor& at) {
+  using O = Own<NG>;
   const Output& out = a.output[at.output];
   const Epilogue& e = out.epilogue;
-  const int row = at.group * kGroupRows + int(threadIdx.x);
+  const int local = O::row(), row = at.group * kGroupRows + local;
   if (row < out.N) {
-    if (e.bias) copy4(stash + threadIdx.x, e.bias + row);
-    if (e.bias_b) copy4(stash + kGroupRows + threadIdx.x, e.bias_b + row);
+    if (e.bias && O::token() == 0) copy4(stash + local, e.bias + row);
+    if (e.bias_b && O::token() == O::kStep - 1) copy4(stash + kGroupRows + local, e.bias_b + row);
     if (e.store == Store::add && a.T <= kStashRows)
-      for (int t = 0; t < a.T; ++t) copy4(stash + (2 + t) * kGroupRows + threadIdx.x, static_cast<const float*>(e.y) + int64_t(t) * out.N + row);
+      for (int t = O::token(); t < a.T; t += O::kStep) copy4(stash + (2 + t) * kGroupRows + local, static_cast<const float*>(e.y) + int64_t(t) * out.N + row);
   }
-  if (e.store == Store::add && a.T > kStashRows && row / 32 * 32 < out.N)
-    for (int t = threadIdx.x % 32; t < a.T; t += 32) prefetch_l2(static_cast<const float*>(e.y) + int64_t(t) * out.N + row / 32 * 32);
+  if (e.store == Store::add && a.T > kStashRows && row / O::kRows * O::kRows < out.N)
+    for (int t = threadIdx.x % 32; t < a.T; t += 32) prefetch_l2(static_cast<const float*>(e.y) + int64_t(t) * out.N + row / O::kRows * O::kRows);
 }
 
 // store_output() with what begin_group() has left for row `local` of the group
@@ -166,8 +179,9 @@ __device__ __forceinline__ void store_stashed(const Epilogue& e, const float* st
     static_cast<T*>(e.y)[i] = from_float<T>(activate(z, e.activation));
 }
 
-// z[t] += the parts of the next `parts` blocks, in their order, as they arrive: every word of a part says by itself whether it is there.
-template <int TOKENS, int BATCH /*blocks asked for at once*/>
+// z[i] of token STEP i += the parts of the next `parts` blocks, in their order, as they arrive: every word of a part says by itself
+// whether it is there.
+template <int TOKENS, int STEP, int BATCH /*blocks asked for at once*/>
 __device__ __forceinline__ void add_parts(float (&z)[TOKENS], float* from, int parts, int tokens) {
 #pragma unroll 1
   for (int p = 0; p < parts; p += BATCH, from += BATCH * kPart) {
@@ -175,62 +189,65 @@ __device__ __forceinline__ void add_parts(float (&z)[TOKENS], float* from, int p
 #pragma unroll
     for (int k = 0; k < BATCH; ++k)
 #pragma unroll
-      for (int t = 0; t < TOKENS; ++t)
-        if (p + k < parts && t < tokens) v[k][t] = load_part(from + k * kPart + t * kGroupRows);
+      for (int i = 0; i < TOKENS; ++i)
+        if (p + k < parts && STEP * i < tokens) v[k][i] = load_part(from + k * kPart + STEP * i * kGroupRows);
 #pragma unroll
     for (int k = 0; k < BATCH; ++k)
 #pragma unroll
-      for (int t = 0; t < TOKENS; ++t)
-        if (p + k < parts && t < tokens) {
-          float* const at = from + k * kPart + t * kGroupRows;
-          while (absent(v[k][t])) v[k][t] = load_part(at);
+      for (int i = 0; i < TOKENS; ++i)
+        if (p + k < parts && STEP * i < tokens) {
+          float* const at = from + k * kPart + STEP * i * kGroupRows;
+          while (absent(v[k][i])) v[k][i] = load_part(at);
           store_part(at, __uint_as_float(kAbsent));
-          z[t] += v[k][t];
+          z[i] += v[k][i];
         }
   }
 }
 
-// Sums of a row group over this block's columns are in acc; a lane ends with the row of its number among the warp's 32. The first of the
+// Sums of a row group over this block's columns are in acc. The first of the
 // blocks that share the group adds the others' sums. All blocks of a launch are resident at once (one per multiprocessor, and a
 // launch starts when all blocks of its predecessor have), so waiting for them is safe.
 // mine: the group began in this block; parts: blocks that have more of it.
 template <class T, int NG>
-__device__ __forceinline__ void finish(const Args& a, float (&acc)[2][NG][4], const Cursor& at, bool mine, int parts, const float* stash) {
-  const int lane = threadIdx.x % 32, local = threadIdx.x;  // row of the group
+__device__ __forceinline__ void finish(const Args& a, float (&acc)[kTiles<NG>][NG][4], const Cursor& at, bool mine, int parts, const float* stash) {
+  using O = Own<NG>;
+  const int lane = threadIdx.x % 32, local = O::row();
   const Output& out = a.output[at.output];
   const int row = at.group * kGroupRows + local;
-  const auto rows_of = [&](auto tokens_at_once, int j) {
-    constexpr int kTokens = decltype(tokens_at_once)::value;
+  const auto rows_of = [&](auto lane_tokens, int j) {
+    constexpr int kTokens = decltype(lane_tokens)::value;  // of a lane
     float z[kTokens];
 #pragma unroll
-    for (int t = 0; t < kTokens; ++t) {
-      float v[4];  // of rows lane % 8, + 8, + 16, + 24
+    for (int i = 0; i < kTokens; ++i) {
+      float v[4];  // two tiles: of rows lane % 8, + 8, + 16, + 24; one: of row lane % 8 and + 8, each of two tokens
 #pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = __shfl_sync(~0u, acc[i / 2][j][i % 2 * 2 + t % 2], lane % 8 * 4 + t / 2);
+      for (int q = 0; q < 4; ++q)
+        v[q] = kTiles<NG> == 2 ? __shfl_sync(~0u, acc[q / 2 % kTiles<NG>][j][q % 2 * 2 + i % 2], lane % 8 * 4 + i / 2)
+                               : __shfl_sync(~0u, acc[0][j][q % 2 * 2 + q / 2], lane % 8 * 4 + i);
       const float low = lane & 8 ? v[1] : v[0], high = lane & 8 ? v[3] : v[2];
-      z[t] = lane & 16 ? high : low;
+      z[i] = lane & 16 ? high : low;
     }
-    const int tokens = min(kTokens, a.T - j * 8);
-    float* const part = part_of(a, at.output, blockIdx.x) + j * 8 * kGroupRows + local;
+    const int first = j * 8 + O::token(), tokens = a.T - first;  // of token O::kStep i: O::kStep i < tokens
+    float* const part = part_of(a, at.output, blockIdx.x) + first * kGroupRows + local;
     if (!mine) {
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t)
-        if (t < tokens) store_part(part + t * kGroupRows, present(z[t]));
+      for (int i = 0; i < kTokens; ++i)
+        if (O::kStep * i < tokens) store_part(part + O::kStep * i * kGroupRows, present(z[i]));
       return;
     }
-    add_parts<kTokens, kTokens == 1 ? 8 : 4>(z, part + kPart, parts, tokens);
+    add_parts<kTokens, O::kStep, kTokens == 1 ? 8 : 4>(z, part + kPart, parts, tokens);
     if constexpr (kStash) {
       copy_wait_all();
       __syncwarp();
     }
     if (row < out.N) {
 #pragma unroll
-      for (int t = 0; t < kTokens; ++t)
-        if (t < tokens) {
+      for (int i = 0; i < kTokens; ++i)
+        if (O::kStep * i < tokens) {
           if constexpr (kStash)
-            store_stashed<T, NG>(out.epilogue, stash, z[t], j * 8 + t, row, out.N, local);
+            store_stashed<T, NG>(out.epilogue, stash, z[i], first + O::kStep * i, row, out.N, local);
           else
-            store_output<T>(out.epilogue, z[t], j * 8 + t, row, out.N);
+            store_output<T>(out.epilogue, z[i], first + O::kStep * i, row, out.N);
         }
     }
   };
@@ -239,99 +256,61 @@ __device__ __forceinline__ void finish(const Args& a, float (&acc)[2][NG][4], co
   } else {
 #pragma unroll
     for (int j = 0; j < NG; ++j)
-      if (j * 8 < a.T) rows_of(std::integral_constant<int, 8>(), j);
+      if (j * 8 < a.T) rows_of(std::integral_constant<int, 8 / O::kStep>(), j);
   }
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
+  for (int i = 0; i < kTiles<NG>; ++i)
 #pragma unroll
     for (int j = 0; j < NG; ++j)
 #pragma unroll
       for (int q = 0; q < 4; ++q) acc[i][j][q] = 0.f;
   __syncwarp();
-  if (a.ready && mine && at.output == 0 && lane == 0) asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(a.ready) : "memory");
+  if (a.ready && mine && at.output == 0 && lane == 0) asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(a.ready), "n"(kTiles<NG>) : "memory");
 }
 
-template <class W, int S>
-__device__ __forceinline__ void step(float (&sum)[4], const typename W::Codes& codes, const typename W::Group& group, const uint32_t (&x)[8]) {
-  const uint4 f = W::template fragment<S>(codes, group);
-  mma16816<typename W::Type>(sum, f.x, f.y, f.z, f.w, x[2 * S], x[2 * S + 1]);
-}
-
-// One chunk: 8 warps x (2 row tiles) x NG groups of 8 rows of x. Sums over 64 columns in order, scaled, in order.
+// One chunk: a warp's row tiles x NG groups of 8 rows of x. Sums over 64 columns in order, scaled, in order.
 template <class W, int NG>
-__device__ __forceinline__ void multiply(float (&acc)[2][NG][4], Shared w, Shared xs, const float (&row_scale)[2][2]) {
+__device__ __forceinline__ void multiply(float (&acc)[kTiles<NG>][NG][4], Shared w, Shared xs, const float (&row_scale)[kTiles<NG>][2]) {
   using T = typename W::Type;
-  constexpr int kBlocks = W::kCols / 64, kTogether = NG == 1 && kBlocks > 1 ? 2 : 1;  // blocks whose sums go on side by side
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane % 8;
+  constexpr int kBlocks = W::kCols / 64;
+  const int tile = threadIdx.x / 32 * kTiles<NG>, lane = threadIdx.x % 32, r = lane % 8;
   const uint32_t lo = xs.at + r * 128 + ((lane / 8) ^ r) * 16;      // columns 0 .. 31 of 8 rows of x
   const uint32_t hi = xs.at + r * 128 + ((lane / 8 + 4) ^ r) * 16;  // columns 32 .. 63
-  const auto load_x = [&](uint32_t(&x)[8], int block, int j) {
-    uint32_t b0[4], b1[4];
-    ldmatrix4(b0, lo + (block * NG + j) * kXTile);
-    ldmatrix4(b1, hi + (block * NG + j) * kXTile);
+  typename W::Group group[kTiles<NG>];
+#pragma unroll (NG <= 2 ? kBlocks : 1)  // more at a time do not fit the registers
+  for (int block = 0; block < kBlocks; ++block) {
+    if (NG > 2 || block % W::kBlocks == 0)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = b0[i], x[i + 4] = b1[i];
-  };
-  typename W::Group group[2];
-  const auto add = [&](int i, int j, const float(&z)[4]) {
+      for (int i = 0; i < kTiles<NG>; ++i) group[i] = W::group(w, tile + i, block, lane);
+    uint4 f[kTiles<NG>][4];
 #pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      float scale = row_scale[i][q / 2];
-      if constexpr (W::kScale == Scale::block) scale = q / 2 ? group[i].scale.y : group[i].scale.x;
-      acc[i][j][q] = fmaf(scale, z[q], acc[i][j][q]);
-    }
-  };
-#pragma unroll (NG == 1 ? kBlocks / kTogether : 1)  // more at a time do not fit the registers
-  for (int first = 0; first < kBlocks; first += kTogether) {
-    if (NG > 1 || first % W::kBlocks == 0)
+    for (int i = 0; i < kTiles<NG>; ++i) fragments<W>(f[i], W::codes(w, tile + i, block, lane), group[i]);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) group[i] = W::group(w, warp * 2 + i, first, lane);
-    typename W::Codes codes[kTogether][2];
+    for (int j = 0; j < NG; ++j) {
+      uint32_t b0[4], b1[4];
+      ldmatrix4(b0, lo + (block * NG + j) * kXTile);
+      ldmatrix4(b1, hi + (block * NG + j) * kXTile);
 #pragma unroll
-    for (int b = 0; b < kTogether; ++b)
+      for (int i = 0; i < kTiles<NG>; ++i) {
+        float z[4] = {};
+        float(&sum)[4] = W::kScale == Scale::none ? acc[i][j] : z;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) codes[b][i] = W::codes(w, warp * 2 + i, first + b, lane);
-    if constexpr (NG == 1) {
-      uint32_t x[kTogether][8];
-      float z[kTogether][2][4] = {};
+        for (int s = 0; s < 4; ++s)
+          mma16816<T>(sum, f[i][s].x, f[i][s].y, f[i][s].z, f[i][s].w, s < 2 ? b0[2 * s] : b1[2 * s - 4], s < 2 ? b0[2 * s + 1] : b1[2 * s - 3]);
+        if constexpr (W::kScale != Scale::none)
 #pragma unroll
-      for (int b = 0; b < kTogether; ++b) load_x(x[b], first + b, 0);
-      const auto steps = [&](auto s) {
-#pragma unroll
-        for (int b = 0; b < kTogether; ++b)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) step<W, decltype(s)::value>(W::kScale == Scale::none ? acc[i][0] : z[b][i], codes[b][i], group[i], x[b]);
-      };
-      steps(std::integral_constant<int, 0>()), steps(std::integral_constant<int, 1>());
-      steps(std::integral_constant<int, 2>()), steps(std::integral_constant<int, 3>());
-      if constexpr (W::kScale != Scale::none)
-#pragma unroll
-        for (int b = 0; b < kTogether; ++b)
-#pragma unroll
-          for (int i = 0; i < 2; ++i) add(i, 0, z[b][i]);
-    } else {
-      uint4 f[2][4];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) fragments<W>(f[i], codes[0][i], group[i]);
-#pragma unroll
-      for (int j = 0; j < NG; ++j) {
-        uint32_t x[8];
-        load_x(x, first, j);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float z[4] = {};
-          float(&sum)[4] = W::kScale == Scale::none ? acc[i][j] : z;
-#pragma unroll
-          for (int s = 0; s < 4; ++s) mma16816<T>(sum, f[i][s].x, f[i][s].y, f[i][s].z, f[i][s].w, x[2 * s], x[2 * s + 1]);
-          if constexpr (W::kScale != Scale::none) add(i, j, z);
-        }
+          for (int q = 0; q < 4; ++q) {
+            float scale = row_scale[i][q / 2];
+            if constexpr (W::kScale == Scale::block) scale = q / 2 ? group[i].scale.y : group[i].scale.x;
+            acc[i][j][q] = fmaf(scale, z[q], acc[i][j][q]);
+          }
       }
     }
   }
 }
 
 template <class W, int NG>
-__global__ void __launch_bounds__(NG == 1 ? kFewRegisters : kWarps * 32 + 32) stream_matrix(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(NG == 1 ? kFewRegisters : kWarps<NG> * 32 + 32, 1) stream_matrix(const __grid_constant__ Args a) {
   using T = typename W::Type;
   constexpr int kXBytes = W::kCols / 64 * NG * kXTile;
   extern __shared__ __align__(16) uint8_t shared[];
@@ -343,7 +322,7 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : kWarps * 32 + 32) st
   int stage = 0;
   Cursor at(a);
   const int count = int(a.by_blocks((a.chunks[0] + a.chunks[1]) * (blockIdx.x + 1)) - a.by_blocks((a.chunks[0] + a.chunks[1]) * blockIdx.x));
-  float acc[2][NG][4] = {}, row_scale[2][2] = {};
+  float acc[kTiles<NG>][NG][4] = {}, row_scale[kTiles<NG>][2] = {};
 
   // Consumers: chunks of one group and one source at a time; take() waits for one, give_back() has read it.
   const auto consume = [&](const auto& take, const auto& give_back) {
@@ -353,8 +332,8 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : kWarps * 32 + 32) st
       if constexpr (W::kScale == Scale::row) {
         const float* const scale = a.source[at.source(a)].scale;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = at.group * kGroupRows + int(threadIdx.x) / 32 * 32 + i / 2 * 16 + threadIdx.x % 32 / 4 + i % 2 * 8;
+        for (int i = 0; i < 2 * kTiles<NG>; ++i) {
+          const int row = at.group * kGroupRows + int(threadIdx.x) / 32 * Own<NG>::kRows + int(threadIdx.x) % 32 / 4 + i * 8;
           row_scale[i / 2][i % 2] = row < a.output[at.output].N ? scale[row] : 0.f;
         }
       }
@@ -362,7 +341,7 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : kWarps * 32 + 32) st
     load_scales();
     take.begin();
     while (true) {
-      if (kStash && at.step == 0) begin_group(a, stash, at);
+      if (kStash && at.step == 0) begin_group<NG>(a, stash, at);
       const int steps = a.steps[at.output], run = min(int(at.left), (at.step < a.join ? min(a.join, steps) : steps) - at.step);
 #pragma unroll 1
       for (int i = 0; i < run; ++i) {
@@ -389,15 +368,15 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : kWarps * 32 + 32) st
     kWeightsOnce ? bulk_copy_once(ring + s * W::kBytes, chunk, W::kBytes, &full[s]) : bulk_copy(ring + s * W::kBytes, chunk, W::kBytes, &full[s]);
   };
   const int filled = min(a.stages, count);
-  if (threadIdx.x == kWarps * 32) {
-    for (int s = 0; s < a.stages; ++s) barrier_init(&full[s], 1), barrier_init(&empty[s], kWarps);
+  if (threadIdx.x == kWarps<NG> * 32) {
+    for (int s = 0; s < a.stages; ++s) barrier_init(&full[s], 1), barrier_init(&empty[s], kWarps<NG>);
     barrier_init_fence();
     Cursor ahead = at;
     for (int s = 0; s < filled; ++s, ahead.skip(a, 1)) fetch_weights(ahead, s);
   }
   __syncthreads();  // the barriers are there
-  if (threadIdx.x >= kWarps * 32) {  // the producer is one thread
-    if (threadIdx.x > kWarps * 32) return grid_wait();
+  if (threadIdx.x >= kWarps<NG> * 32) {  // the producer is one thread
+    if (threadIdx.x > kWarps<NG> * 32) return grid_wait();
     const auto fetch_x = [&](const Cursor& c, int s) {
       const CUtensorMap* map = &a.map[c.source(a)];
 #pragma unroll
@@ -436,8 +415,8 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : kWarps * 32 + 32) st
     if (fetched++ < count) {
       const Source& from = a.source[ahead.source(a)];
       const uint8_t* w = from.w + (size_t(ahead.group) * from.steps + ahead.column(a)) * W::kBytes;
-      for (int i = threadIdx.x; i < W::kBytes / 16; i += kWarps * 32) copy16(ring + s * W::kBytes + i * 16, w + i * 16);
-      for (int i = threadIdx.x; i < W::kCols / 8 * a.T; i += kWarps * 32) {
+      for (int i = threadIdx.x; i < W::kBytes / 16; i += kWarps<NG> * 32) copy16(ring + s * W::kBytes + i * 16, w + i * 16);
+      for (int i = threadIdx.x; i < W::kCols / 8 * a.T; i += kWarps<NG> * 32) {
         const int unit = i % 8, block = i / 8 % (W::kCols / 64), row = i / (W::kCols / 8), col = ahead.column(a) * W::kCols + block * 64 + unit * 8;
         copy16(xs + s * kXBytes + block * NG * kXTile + row * 128 + (unit ^ row % 8) * 16, from.x + (size_t(row) * from.K + min(col, from.K - 8)) * 2,
                col < from.K ? 16 : 0);
@@ -478,7 +457,7 @@ void launch_stream(const Stream& s, DType act, Args& a) {
   if (s.bulk_copy)
     for (int i = 0; i < 2; ++i)
       if (a.source[i].x) a.map[i] = rows_map(act, a.source[i].x, a.T, a.source[i].K, NG * 8);
-  launch(s, stream_matrix<W, NG>, int(std::min(uint32_t(s.sms), a.chunks[0] + a.chunks[1])), kWarps * 32 + (s.bulk_copy ? 32 : 0),
+  launch(s, stream_matrix<W, NG>, int(std::min(uint32_t(s.sms), a.chunks[0] + a.chunks[1])), kWarps<NG> * 32 + (s.bulk_copy ? 32 : 0),
          size_t(ring_bytes<W>(a.stages)) + size_t(a.stages) * (stage_bytes - W::kBytes) + 1024, a);
 }
 
