@@ -261,11 +261,13 @@ void bind_testing_engine(py::module_& module) {
 
   m.def("bubbles", [](const Engine& e) { return dynamic_cast<const FakeRunner&>(e.runner()).bubbles(); });
 
+  m.attr("SHORT_PROMPT") = kShortPrompt;
   py::class_<Scheduler>(m, "Scheduler")
-      .def(py::init([](int slots, int rows, int prefill_rows, int max_len, int pages, const std::string& reuse) {
+      .def(py::init([](int slots, int rows, int prefill_rows, int max_len, int pages, const std::string& reuse, int short_prompt) {
         const std::map<std::string, Reuse> kinds{{"none", Reuse::none}, {"same rows", Reuse::same_rows}, {"any rows", Reuse::any_rows}};
-        return std::make_unique<Scheduler>(limits_of(slots, rows, max_len, pages), prefill_rows, kinds.at(reuse));
-      }), py::kw_only(), py::arg("slots"), py::arg("rows"), py::arg("prefill_rows"), py::arg("max_len"), py::arg("pages"), py::arg("reuse"))
+        return std::make_unique<Scheduler>(limits_of(slots, rows, max_len, pages), prefill_rows, kinds.at(reuse), short_prompt);
+      }), py::kw_only(), py::arg("slots"), py::arg("rows"), py::arg("prefill_rows"), py::arg("max_len"), py::arg("pages"), py::arg("reuse"),
+           py::arg("short_prompt") = 0)
       .def("add", [](Scheduler& s, int64_t uid, std::vector<int32_t> prompt, int max_tokens, const std::string& salt, int waiting, int64_t ahead_of) {
         RuleList rules;
         if (waiting >= 0) rules.push_back(std::make_unique<ScriptedRule>(waiting, 64));

@@ -9,8 +9,9 @@ from fake_model import expected, fake_engine
 PAGE = 32
 
 
-def make(slots=2, rows=20, prefill_rows=16, max_len=256, pages=8, reuse="none"):
-    return _native.testing.Scheduler(slots=slots, rows=rows, prefill_rows=prefill_rows, max_len=max_len, pages=pages, reuse=reuse)
+def make(slots=2, rows=20, prefill_rows=16, max_len=256, pages=8, reuse="none", short_prompt=0):
+    return _native.testing.Scheduler(slots=slots, rows=rows, prefill_rows=prefill_rows, max_len=max_len, pages=pages, reuse=reuse,
+                                     short_prompt=short_prompt)
 
 
 def run(scheduler, steps, token=5):
@@ -72,6 +73,34 @@ def test_prompt_in_chunks_then_decode():
     assert d["decode_rows"] == 1 and d["token"] == [5] and d["position"] == [40] and d["chunks"] == []
     assert e["position"] == [41] and s.schedule() is None
     assert s.running == 0 and s.free_pages == 8
+
+
+def test_short_prompt_runs_as_decode_rows():
+    s = make(rows=40, short_prompt=8)
+    s.add(1, list(range(8)), 3)
+    s.add(2, list(range(9)), 3)
+    a, b = run(s, 2)
+    assert a["decode_rows"] == 8 and a["token"][:8] == list(range(8)) and a["position"][:8] == list(range(8))
+    assert a["chunks"] == [(8, 9, 1, 0)] and a["sampled"] == [1, 2] and a["logit_row"] == [7, 16]
+    assert b["decode_rows"] == 2 and b["position"] == [8, 9] and b["chunks"] == []
+
+
+def test_short_prompt_waits_for_rows():
+    s = make(slots=4, rows=8, prefill_rows=4, short_prompt=6)
+    s.add(1, list(range(6)), 2)
+    s.add(2, list(range(6)), 2)
+    a, b = run(s, 2)
+    assert a["decode_rows"] == 6 and a["sampled"] == [1]  # the backlog of one step is full
+    assert b["decode_rows"] == 7 and b["position"] == [6, *range(6)] and b["sampled"] == [1, 2]
+
+
+def test_short_prompts_share_pages_with_each_other():
+    s = make(rows=80, prefill_rows=70, reuse="same rows", short_prompt=40)
+    for uid, n in ((1, 40), (2, 40), (3, 50)):  # the third runs as prefill rows: none of the others' rows are its
+        s.add(uid, list(range(n)), 1)
+        (step,) = run(s, 1)
+        assert step["admitted"] == [(uid, 39 if uid == 2 else 0)]
+        assert step["decode_rows"] == (40, 1, 0)[uid - 1]
 
 
 def test_prefill_and_decode_share_a_step():

@@ -34,7 +34,8 @@ Engine::Engine(std::unique_ptr<Runner> runner, TokenBytes token_bytes, const std
       trie_(&token_bytes_, tokens_by_bytes_, never_text),
       options_(options),
       depth_(options.depth > 0 ? options.depth : runner_->device() == "cpu" ? 1 : 2),
-      scheduler_(runner_->limits(), options.prefill_rows, reuse_of(options.prefix_cache, runner_->rows_alike())) {
+      scheduler_(runner_->limits(), options.prefill_rows, reuse_of(options.prefix_cache, runner_->rows_alike()),
+                 runner_->rows_alike() ? 0 : kShortPrompt) {
   check(options);
   stats_.slots = scheduler_.limits().slots;
   stats_.queue = options.queue;
@@ -236,7 +237,7 @@ void Engine::collect() {
   {
     std::lock_guard<std::mutex> lock(mutex_);  // before the outputs: who has the last one sees its step counted
     ++stats_.steps;
-    stats_.prefill_tokens += step.prefill_rows;
+    stats_.prefill_tokens += step.prompt_rows;
     stats_.decode_tokens += int64_t(used);
     stats_.wasted_rows += samples_of(step) - int64_t(used);
     stats_.step_s = stats_.steps == 1 ? took : stats_.step_s + 0.1 * (took - stats_.step_s);

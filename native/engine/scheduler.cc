@@ -6,10 +6,11 @@
 
 namespace codefuse {
 
-Scheduler::Scheduler(const Limits& limits, int prefill_rows, Reuse reuse)
+Scheduler::Scheduler(const Limits& limits, int prefill_rows, Reuse reuse, int short_prompt)
     : limits_(limits),
       prefill_rows_(std::min(prefill_rows, limits.rows - limits.slots)),
       decode_limit_(std::min(kDecodeRows, limits.rows)),
+      short_prompt_(short_prompt),
       reuse_(reuse),
       pages_(limits.pages),
       cache_(&pages_) {
@@ -26,6 +27,7 @@ void Scheduler::add(int64_t uid, std::vector<int32_t> prompt, int max_tokens, co
   s->uid = uid;
   s->prompt = std::move(prompt);
   s->max_tokens = max_tokens;
+  s->chunked = s->prompt_size() > short_prompt_ ? s->prompt_size() : 0;
   s->sample = sample;
   s->rules = std::move(rules);
   s->salt = std::move(salt);
@@ -171,7 +173,7 @@ bool Scheduler::waits(const Sequence& s) {
 
 // What the K and V of token i depend on besides the tokens before it: the token and, unless it makes no difference, the kind of row.
 int32_t Scheduler::key(const Sequence& s, int i) const {
-  return s.token(i) * 2 + (reuse_ == Reuse::same_rows && i >= s.prompt_size());
+  return s.token(i) * 2 + (reuse_ == Reuse::same_rows && i >= s.chunked);
 }
 
 // Lets others take over what the rows of the first `tokens` tokens have computed, as far as they were launched.
@@ -223,19 +225,19 @@ void Scheduler::put_sample(Batch* batch, Step* step, Sequence& s) {
 void Scheduler::put_decode_rows(Batch* batch, Step* step) {
   int decoding = 0;
   for (const Sequence* s : running_) decoding += s->prefilled();
-  int spare = decode_limit_ - decoding;  // for sequences that run several generated tokens again
+  int spare = decode_limit_ - decoding;  // for short prompts and sequences that run several generated tokens again
   for (Sequence* s : running_) {
     if (!s->prefilled() || waits(*s)) continue;
     int rows = std::min(s->total() - s->computed, 1 + spare);
     spare -= rows - 1;
     put_table(batch, *s);
     for (int r = 0; r < rows; ++r, ++s->computed) {
-      bool known = s->computed < s->known();
-      put_row(batch, *s, known ? s->generated[size_t(s->computed - s->prompt_size())] : kLastToken, s->computed);
+      step->prompt_rows += s->computed < s->prompt_size();
+      put_row(batch, *s, s->computed < s->known() ? s->token(s->computed) : kLastToken, s->computed);
     }
     if (s->computed == s->total()) put_sample(batch, step, *s);
   }
-  batch->decode_rows = step->decode_rows = batch->rows();
+  batch->decode_rows = batch->rows();
 }
 
 void Scheduler::put_chunks(Batch* batch, Step* step) {
@@ -250,7 +252,7 @@ void Scheduler::put_chunks(Batch* batch, Step* step) {
     for (int r = 0; r < count; ++r, ++s->computed) put_row(batch, *s, s->prompt[size_t(s->computed)], s->computed);
     if (s->prefilled() && s->generated.empty()) put_sample(batch, step, *s);
   }
-  step->prefill_rows = batch->rows() - batch->decode_rows;
+  step->prompt_rows += batch->rows() - batch->decode_rows;
 }
 
 void Scheduler::put_table(Batch* batch, const Sequence& s) {

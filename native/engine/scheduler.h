@@ -31,9 +31,12 @@ struct Admission {
 struct Step {
   std::vector<int64_t> sampled;   // [samples] uid whose next token each sample is
   std::vector<Admission> admitted;  // that got their first rows in this step
-  int decode_rows = 0;
-  int prefill_rows = 0;
+  int prompt_rows = 0;  // rows of prompt tokens
 };
+
+// A prompt of at most so many tokens runs as decode rows: reading the weights takes as long as for one row, and prefill rows take longer
+// when they are few. Longer ones run as prefill rows, in chunks.
+constexpr int kShortPrompt = 32;
 
 // Sequences are first come, first served. A running sequence that needs a page when none is free preempts the youngest
 // running one, which loses slot and pages and goes back to the head of the queue; on resumption its prompt runs as prefill
@@ -49,8 +52,9 @@ struct Step {
 // gets no row then, until its token is known.
 class Scheduler {
  public:
-  // prefill_rows: prompt tokens of one step at most.
-  Scheduler(const Limits& limits, int prefill_rows, Reuse reuse);
+  // prefill_rows: prompt tokens of one step at most. short_prompt: prompts of at most so many tokens run as decode rows (kShortPrompt where
+  // those are another kind, else 0).
+  Scheduler(const Limits& limits, int prefill_rows, Reuse reuse, int short_prompt);
 
   const Limits& limits() const { return limits_; }
   // Pages of a sequence at its longest; its last token is never fed back.
@@ -101,12 +105,13 @@ class Scheduler {
     int computed = 0;   // tokens whose rows were launched since admission, or taken over
     int in_flight = 0;  // tokens being sampled
     bool started = false;
+    int chunked = 0;    // tokens of the prompt that run as prefill rows: all or none
 
     int prompt_size() const { return int(prompt.size()); }
     int known() const { return int(prompt.size() + generated.size()); }
     int total() const { return known() + in_flight; }
     int at_most() const { return prompt_size() + max_tokens - 1; }
-    bool prefilled() const { return computed >= prompt_size(); }
+    bool prefilled() const { return computed >= chunked; }
     int chosen() const { return int(generated.size()) + in_flight; }
     int32_t token(int i) const { return i < prompt_size() ? prompt[size_t(i)] : generated[size_t(i - prompt_size())]; }
   };
@@ -129,7 +134,7 @@ class Scheduler {
   void release(Sequence& s, bool resumes = false);
 
   Limits limits_;
-  int prefill_rows_, decode_limit_;
+  int prefill_rows_, decode_limit_, short_prompt_;
   Reuse reuse_;
   KvPages pages_;
   PrefixCache cache_;

@@ -48,8 +48,8 @@ struct PageCopy {
   int32_t tokens = 0;  // 1 .. kPageTokens - 1; the first row of the sequence that has page `to`, if in the step, goes there, behind them
 };
 
-// Rows [0, decode_rows) are decode rows: generated tokens, one row each (several of one sequence, in order of position, when
-// it resumes). Rows [decode_rows, rows()) are prefill rows, grouped in chunks. A row attends to positions 0..its own; the
+// Rows [0, decode_rows) are decode rows: generated tokens, one row each, and short prompts (several of one sequence, in order of position,
+// then or when it resumes). Rows [decode_rows, rows()) are prefill rows, grouped in chunks. A row attends to positions 0..its own; the
 // rows' own K and V are stored before any row attends.
 struct Batch {
   int decode_rows = 0;
