@@ -124,8 +124,8 @@ EDITED = {
     "one after the other": dict(slots=2, pages=60),
     "two steps in flight": dict(slots=2, pages=60, depth=2),
     "chunks of 7": dict(slots=3, pages=60, prefill_tokens=7),
-    "preempted": dict(slots=8, pages=8, prefill_tokens=17),
-    "preempted, two steps in flight": dict(slots=8, pages=8, depth=2),
+    "preempted": dict(slots=8, pages=6, prefill_tokens=17),
+    "preempted, two steps in flight": dict(slots=8, pages=6, depth=2),
 }
 
 
