@@ -193,6 +193,8 @@ PYBIND11_MODULE(_native, m) {
 
   m.def("read_bandwidth", &read_bandwidth, py::arg("device"), py::arg("threads") = 0, py::call_guard<py::gil_scoped_release>(),
         "Bytes per second that `device` can read, measured now: the limit of a decode step.");
+  m.def("copy_bandwidth", &copy_bandwidth, py::arg("device"), py::call_guard<py::gil_scoped_release>(),
+        "Bytes per second of a large copy from pinned memory to a CUDA device, measured now: the limit of loading.");
 
   py::class_<Output>(m, "Chunk", "New output of one request.")
       .def_readonly("uid", &Output::uid)

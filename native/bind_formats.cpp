@@ -11,6 +11,7 @@
 
 #include "core/check.h"
 #include "core/xxh3.h"
+#include "model/random_weights.h"
 
 namespace py = pybind11;
 using namespace codefuse;
@@ -124,6 +125,24 @@ uint64_t checksum(const py::array& data) {
   return xxh3_64(bytes, size);
 }
 
+using RandomTensor = py::typing::Tuple<py::str, py::str, py::typing::List<py::int_>, py::array_t<uint8_t>>;
+
+py::typing::Dict<py::str, RandomTensor> random_tensors(const std::string& config) {
+  const std::string path = "config";
+  const std::optional<RandomSpec> spec = parse_random_spec(config, path);
+  if (!spec) throw ValueError("config has no \"random\"; expected one with a seed and a format");
+  std::shared_ptr<Weights> weights;
+  {
+    py::gil_scoped_release unlocked;
+    weights = make_random_weights(parse_model_config(config, path), *spec, path);
+  }
+  const py::capsule owner(new std::shared_ptr<Weights>(weights), [](void* p) { delete static_cast<std::shared_ptr<Weights>*>(p); });
+  py::typing::Dict<py::str, RandomTensor> tensors;
+  for (const auto& [name, t] : weights->tensors())
+    tensors[py::str(name)] = py::make_tuple(name_of(t.element), t.format, py::cast(t.shape), py::array_t<uint8_t>(py::ssize_t(bytes_of(t)), t.data, owner));
+  return tensors;
+}
+
 }  // namespace
 
 HostMatrix host_matrix(const std::string& format, const py::object& weight) {
@@ -161,6 +180,9 @@ void bind_formats(py::module_& m) {
   m.def("unpack", &unpack, py::arg("format"), py::arg("parts"), "The codes that pack took.");
   m.def("unpack_words", &unpack_words_of, py::arg("words"), py::arg("interleaved"),
         "The 4-bit codes in int32 words [R, C] of a GPTQ or (interleaved) AWQ checkpoint: uint8 [R, 8 C].");
+  m.def("random_tensors", &random_tensors, py::arg("config"),
+        "The tensors that a config.json with \"random\" stands for: name -> (element type as in safetensors files, format id or \"\", shape, bytes). "
+        "The bytes are views of memory that tensors share; they are not to be written.");
   m.def("xxh3_64", &checksum, py::arg("data"), "XXH3 (64 bits) of a contiguous array's bytes: the checksums of config.json. Runs without the GIL.");
   m.def("decode", &decode, py::arg("format"), py::arg("weight"), "The values as float32; weight as pack returns it, or an array of plain elements.");
 }

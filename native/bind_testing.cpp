@@ -106,8 +106,16 @@ class TestOps {
     return read(y);
   }
 
-  Floats read_matrix(const py::object& weight, const std::string& format) {
-    const Matrix m = matrix(weight, format);
+  // parts: rows of each part that it is loaded in
+  Floats read_matrix(const py::object& weight, const std::string& format, const std::vector<int64_t>& parts) {
+    const HostMatrix whole = host_matrix(format, weight);
+    std::vector<HostMatrix> pieces;
+    int64_t row = 0;
+    for (int64_t rows : parts) pieces.push_back(whole.row_slice(row, rows)), row += rows;
+    if (parts.empty()) pieces.push_back(whole);
+    if (!parts.empty() && row != whole.rows) throw ValueError("parts do not add up to the matrix");
+    const Matrix m = ops_->load_matrix(pieces);
+    ops_->finish_loading();
     Buffer y = out({m.rows, m.cols}, DType::f32);
     ops_->read_matrix(y.floats(), m);
     return read(y);
@@ -402,7 +410,7 @@ void bind_testing(py::module_& module) {
       .def_property_readonly("dtype", &TestOps::dtype)
       .def("plan", &TestOps::plan, "config"_a, "slots"_a, "rows"_a, "max_len"_a, "pages"_a)
       .def("embed", &TestOps::embed, "batch"_a, "table"_a, "format"_a = "f32")
-      .def("read_matrix", &TestOps::read_matrix, "weight"_a, "format"_a)
+      .def("read_matrix", &TestOps::read_matrix, "weight"_a, "format"_a, "parts"_a = std::vector<int64_t>())
       .def("add_position", &TestOps::add_position, "batch"_a, "x"_a, "table"_a, "format"_a = "f32")
       .def("norm", &TestOps::norm, "batch"_a, "x"_a, "weight"_a, "bias"_a = py::none(), "kind"_a = "layer", "eps"_a = 1e-5f,
            "logit_rows"_a = false)

@@ -47,6 +47,20 @@ def test_repacked_weights_are_the_weights(both, format, n, k):
     np.testing.assert_array_equal(both.cpu.read_matrix(parts, format), want)
 
 
+@pytest.mark.parametrize("format,n,k,parts", [("q8_row", 20_000, 1024, []), ("q8_row", 9001, 5120, [1, 3000, 6000]), ("q4_g128", 30_000, 2048, [29_999, 1]),
+                                              ("q4_g128", 700, 128, [100, 200, 300, 100])])
+def test_large_matrices_and_parts(both, format, n, k, parts):
+    """In several pieces, by several threads; pieces that are put together from several parts."""
+    weight = matrix(format, n, k)
+    np.testing.assert_array_equal(both.cuda.read_matrix(weight, format, parts), _native.decode(format, weight))
+
+
+def test_large_plain_matrices_and_parts(both):
+    bits, values = test_cuda.as_format(both.round(np.random.default_rng(0).integers(-8, 8, (6001, 5120)).astype(np.float32)), "f16")
+    for parts in ([], [2000, 1, 4000]):
+        np.testing.assert_array_equal(both.cuda.read_matrix(bits, "f16", parts), values)
+
+
 @pytest.mark.parametrize("format", ["f32", "f16", "bf16"])
 def test_plain_weights_too(both, format):
     bits, values = test_cuda.as_format(both.round(np.random.default_rng(0).standard_normal((300, 111))), format)

@@ -255,12 +255,12 @@ def test_draining(make: Any, pid: int) -> None:
     eventually(lambda: service._drain_deadline > 0)
     with pytest.raises(serve.Draining, match="shutting down"):
         service.submit(request(), FakeReply())
-    assert lifecycle.get(pid, "drained") is None
+    assert lifecycle.generators(pid) == [pid]
     engine.outbox.put(first, "whole", "eos")
     assert cut.ended.wait(3)
     assert done.sent == [("whole", b"echo", "")]
     assert cut.sent == [("", b"echo", "the server is shutting down; the text is incomplete")]
-    eventually(lambda: lifecycle.get(pid, "drained") is not None)
+    eventually(lambda: not lifecycle.generators(pid))
     lifecycle.clear(pid)
     assert lifecycle.get(pid, "drain") is None
 
@@ -272,12 +272,13 @@ def test_a_failed_device_is_reported(make: Any, pid: int) -> None:
 
 
 def test_the_sender_waits_for_the_detokenizer(make: Any, pid: int) -> None:
-    seen = lifecycle.make_progress(pid)
-    engine, service = make(server_pid=pid, responses_per_s=10**6)
+    seen = lifecycle.make_progress(pid, "code")
+    other = lifecycle.make_progress(pid, "other")
+    engine, service = make(server_pid=pid, responses_per_s=10**6, name="code")
     reply = FakeReply()
     uid = service.submit(request(heartbeat=True), reply)
     eventually(lambda: service._seen is not None)
-    seen[0] = service._serial
+    seen[0] = other[0] = service._serial
     for _ in range(3 * serve.WINDOW):
         engine.outbox.put(uid, "t")
         time.sleep(0.01)
@@ -290,7 +291,8 @@ def test_the_sender_waits_for_the_detokenizer(make: Any, pid: int) -> None:
 
 
 def test_a_detokenizer_that_does_not_move_stops_nothing(make: Any, pid: int) -> None:
-    lifecycle.make_progress(pid)
+    seen = lifecycle.make_progress(pid, "generator")
+    seen[0] = 1 << 60  # by chunks of another version of the generator
     engine, service = make(server_pid=pid)
     reply = FakeReply()
     uid = service.submit(request(heartbeat=True), reply)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from codefuse_triton import Engine, LoadError, devices
-from codefuse_triton._native import read_bandwidth
+from codefuse_triton._native import copy_bandwidth, read_bandwidth
 
 ROOT = Path(__file__).parent.parent
 TOOLS = ROOT / "tools"
@@ -42,6 +42,8 @@ def test_random_weights_follow_their_seed(tmp_path, dtype):
     assert tokens(preset(tmp_path / "b", dtype)) == first
     assert tokens(preset(tmp_path / "c", dtype, seed=1)) != first
     assert tokens(tmp_path / "a", tensor_parallel=2) == first
+    convert.write_random("gptneox-tiny", tmp_path / "d", dtype, 0, on_disk=True)
+    assert "random" not in json.loads((tmp_path / "d" / "config.json").read_text()) and tokens(tmp_path / "d") == first
 
 
 @pytest.mark.parametrize("shape", [
@@ -134,6 +136,41 @@ def test_bench_plot(tmp_path):
         assert run.returncode == 1 and "pip install matplotlib" in run.stderr
     else:
         assert run.returncode == 0 and (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def run_bench_load(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(TOOLS / "bench_load.py"), *arguments], capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+@pytest.mark.parametrize("format", ["f16", "q8_row"])
+def test_bench_load(tmp_path, device, format):
+    run = run_bench_load("--random", "gptneox-tiny", "--format", format, "--write", str(tmp_path / "w"), "--device", device, "--repeats", "2",
+                         "--json", str(tmp_path / "out.json"))
+    assert run.returncode == 0, run.stderr
+    assert "written in" in run.stdout and not (tmp_path / "w").exists()
+    loads = json.loads((tmp_path / "out.json").read_text())["loads"]
+    assert len(loads) == 2
+    for x in loads:
+        assert 0 < x["python_s"] < x["ready_s"] < x["first_token_s"] and x["device_s"] + x["weights_s"] <= x["load_s"] < x["ready_s"]
+        assert x["device"].startswith(device) and x["weight_bytes"] > 5e5 and 1e7 < x["anonymous_bytes"] <= x["peak_rss_bytes"]
+        assert x["verify_gb_s"] > 0 and (device == "cpu" or 0 < x["percent_of_copy"] < 100)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "either a weights directory, or"), (["--random", "gptneox-tiny"], "--random PRESET and --write DIR"), (["w", "--write", "x"], "either"),
+    (["nowhere"], "nowhere"), (["--random", "gpt-9", "--write", "x"], "preset is 'gpt-9'"), (["--random", "gptneox-tiny", "--write", "."], "--write . exists"),
+])
+def test_bench_load_refuses(arguments, message):
+    run = run_bench_load(*arguments)
+    assert run.returncode != 0 and message in run.stderr and "Traceback" not in run.stderr
+
+
+def test_copy_bandwidth():
+    with pytest.raises(ValueError, match="device is 'cpu'; expected cuda or cuda:N"):
+        copy_bandwidth("cpu")
+    if CUDA:
+        assert 1e9 < copy_bandwidth("cuda") < 1e12
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -14,17 +14,20 @@ written in the canonical layout; a run that fails or is killed leaves an earlier
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
+from codefuse_triton import _native
 
 from checkpoint import BF16, CheckpointError, TensorInfo, open_checkpoint, read_json
 from ft_directory import is_ft_directory, open_ft_directory
 from hf_models import PRESETS, Plan, Source, plan_for
 from prequantized import method_of, open_tensors, plan_quantized
 from rounding import FORMATS
-from weights_writer import Planned, check_target, write_weights
+from weights_writer import ELEMENTS, FORMAT_VERSION, Planned, check_target, write_weights
 
 DTYPES = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "bf16": BF16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -113,29 +116,24 @@ def write_random(preset: str, target: Path, format: str, seed: int, on_disk: boo
     """A preset's config with random weights: made by the loader (nothing but config.json on disk) or written out."""
     if format not in ("auto", *DTYPES, *FORMATS):
         raise CheckpointError(f"format is {format!r}; expected auto, {', '.join((*DTYPES, *FORMATS))}")
-    if on_disk and format in FORMATS:
-        raise CheckpointError(f"random weights in {format} are made at load; to have them on disk, write f16 and quantize them with tools/quantize.py")
     check_target(target)
     hf = PRESETS[preset]
     plan = plan_for(hf, set())
     ids = token_ids(Path("/nonexistent"), hf)
     config = {**plan.config, **ids, "source": f"random {preset}, seed {seed}"}
     format = "f16" if format == "auto" else format
+    made_at_load = {**config, "random": {"seed": seed, "format": format}}
     if not on_disk:
-        write_weights(target, {**config, "random": {"seed": seed, "format": format}}, [], [])
+        write_weights(target, made_at_load, [], [])
         return
-    out = DTYPES[format]
-    rng = np.random.default_rng(seed)
-    pool = (rng.standard_normal(1 << 22, dtype=np.float32) * np.float32(0.02)).astype(out)
-
-    def fill(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if name.endswith("norm1.weight") or name.endswith("norm2.weight") or name == "final_norm.weight":
-            return np.ones(shape, out)
-        return np.resize(pool, shape)
-
-    tensors = [Planned(n, s.shape, out, lambda n=n, s=s: fill(n, s.shape)) for n, s in plan.tensors.items()]
+    place = {name: i for i, name in enumerate(plan.tensors)}
+    tensors = []
+    for name, (element, id, shape, raw) in _native.random_tensors(json.dumps({"format_version": FORMAT_VERSION, **made_at_load})).items():
+        dtype = ELEMENTS[element]
+        tensors.append(Planned(name, tuple(shape), dtype, lambda raw=raw, dtype=dtype, shape=shape: raw.view(dtype).reshape(shape), id))
+    tensors.sort(key=lambda t: (place[t.name if t.name in place else f"{t.name.rpartition('.')[0]}.weight"], t.name not in place, t.name))
     with progress_bar(sum(t.nbytes for t in tensors)) as tick:
-        write_weights(target, config, tensors, [], tick)
+        write_weights(target, config, tensors, [], tick, threads=min(8, os.cpu_count() or 1))
 
 
 class progress_bar:

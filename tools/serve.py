@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--drain", type=float, default=10, metavar="SECONDS",
                    help="how long running requests may go on after Ctrl-C or SIGTERM (default: %(default)g)")
     p.add_argument("--demo", action="store_true", help="stream a completion and print lines to try")
+    p.add_argument("--model", default="ensemble", metavar="NAME", help="of --demo; one that tools/deploy.py has made has the name given there")
     p.add_argument("--once", action="store_true", help="with --demo: stop afterwards")
     return p
 
@@ -52,24 +53,27 @@ def waiting(seconds: float) -> None:
         say(f"loading the models ... {seconds:.0f} s")
 
 
-def demo(server: TritonServer) -> None:
-    from codefuse_triton_client import Client
+def demo(server: TritonServer, model: str) -> None:
+    from codefuse_triton_client import Client, CompletionError
     from codefuse_triton_client.cli import stats
 
     say(f"\n--- {DEMO_PROMPT!r} is continued by the model:\n")
     say(DEMO_PROMPT, end="")
-    with Client(server.grpc_url) as client, client.stream(DEMO_PROMPT, max_tokens=96, stop=["\ndef ", "\nclass "]) as stream:
-        for chunk in stream:
-            say(chunk.text, end="")
-        say(f"\n\n--- {stats(stream.result)}")
+    try:
+        with Client(server.grpc_url, model=model) as client, client.stream(DEMO_PROMPT, max_tokens=96, stop=["\ndef ", "\nclass "]) as stream:
+            for chunk in stream:
+                say(chunk.text, end="")
+            say(f"\n\n--- {stats(stream.result)}")
+    except CompletionError as error:
+        raise StartError(f"no completion from model {model!r} (--model): {error}") from None
     programs = Path(sys.executable).parent
     say(f"""
 Try, in another terminal:
-  curl -s {server.http_url}/v2/models/ensemble/generate -d '{{"text_input": "def add(a, b):\\n", "max_tokens": 32}}'
-  curl -sN {server.http_url}/v2/models/ensemble/generate_stream -d '{{"text_input": "class Stack:\\n", "max_tokens": 64, "stream": true}}'
-  {shown(programs / "codefuse-client")} --url {server.grpc_url} --stats 'def quicksort(items):'
+  curl -s {server.http_url}/v2/models/{model}/generate -d '{{"text_input": "def add(a, b):\\n", "max_tokens": 32}}'
+  curl -sN {server.http_url}/v2/models/{model}/generate_stream -d '{{"text_input": "class Stack:\\n", "max_tokens": 64, "stream": true}}'
+  {shown(programs / "codefuse-client")} --url {server.grpc_url}{f" --model {model}" * (model != "ensemble")} --stats 'def quicksort(items):'
   echo '{{"data": [{{"text_input": ["def f(x):"], "max_tokens": [64], "stream": [true]}}]}}' > /tmp/input.json && \\
-  {shown(programs / "python")} {shown(ROOT / "tools" / "perf_analyzer.py")} -m ensemble -u {server.grpc_url} -i grpc --streaming --async \\
+  {shown(programs / "python")} {shown(ROOT / "tools" / "perf_analyzer.py")} -m {model} -u {server.grpc_url} -i grpc --streaming --async \\
     --input-data /tmp/input.json --concurrency-range 1:4 --measurement-interval 6000 --stability-percentage 50
   curl -s {server.metrics_url} | grep codefuse_
 """)
@@ -100,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         say(f"\rready after {time.monotonic() - started:.1f} s: HTTP {server.http_url}, gRPC {server.grpc_url}, metrics "
             f"{server.metrics_url}, log {server.log}")
         if args.demo:
-            demo(server)
+            demo(server, args.model)
         if not (args.demo and args.once):
             say("Ctrl-C drains and stops the server.")
             while not stop_signals:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterable
 
 import numpy as np
-import xxhash
 from codefuse_triton import _native
 
 from checkpoint import BF16, CheckpointError
@@ -21,7 +21,8 @@ from rounding import GROUPS, check_format
 
 FORMAT_VERSION = 1
 SHARD_BYTES = 2 << 30  # files are the unit in which checksums are verified side by side
-_NAMES = {np.dtype("<f4"): "F32", np.dtype("<f2"): "F16", BF16: "BF16", np.dtype("i1"): "I8", np.dtype("u1"): "U8", np.dtype("<i4"): "I32"}
+ELEMENTS = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": BF16, "I8": np.dtype("i1"), "U8": np.dtype("u1"), "I32": np.dtype("<i4")}
+_NAMES = {dtype: name for name, dtype in ELEMENTS.items()}
 _ALIGN = 64  # of every tensor in the file, so that mapped rows suit vector loads
 
 
@@ -78,15 +79,9 @@ def _write_shard(path: Path, tensors: list[Planned], metadata: dict[str, str], p
         at += t.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-(len(text) + 8) % _ALIGN)
-    digest, size, checksums = xxhash.xxh3_64(), 0, {}
+    checksums = {}
     with open(path, "wb") as f:
-        def put(data) -> None:
-            nonlocal size
-            f.write(data)
-            digest.update(data)
-            size += len(data)
-
-        put(len(text).to_bytes(8, "little") + text)
+        f.write(len(text).to_bytes(8, "little") + text)
         for t in tensors:
             value = np.ascontiguousarray(t.load())
             if value.shape != t.shape or value.dtype != t.dtype:
@@ -95,11 +90,12 @@ def _write_shard(path: Path, tensors: list[Planned], metadata: dict[str, str], p
             checksums[t.name] = f"{_native.xxh3_64(raw):016x}"
             for begin in range(0, raw.nbytes, 16 << 20):
                 part = raw[begin:begin + (16 << 20)]
-                put(memoryview(part))
+                f.write(memoryview(part))
                 progress(part.nbytes)
         f.flush()
         os.fsync(f.fileno())
-    return {"name": path.name, "bytes": size, "xxh3_64": digest.hexdigest(), "tensors": checksums}
+    written = np.memmap(path, np.uint8, "r")
+    return {"name": path.name, "bytes": written.nbytes, "xxh3_64": f"{_native.xxh3_64(written):016x}", "tensors": checksums}
 
 
 def check_target(directory: Path) -> None:
@@ -121,11 +117,12 @@ def _installed(directory: Path) -> list[str]:
 
 
 def write_weights(directory: Path, config: dict, tensors: Iterable[Planned], tokenizer_files: Iterable[Path],
-                  progress: Callable[[int], None] = lambda n: None, inspect: Callable[[Path], dict] | None = None) -> None:
+                  progress: Callable[[int], None] = lambda n: None, inspect: Callable[[Path], dict] | None = None, threads: int = 1) -> None:
     """Writes tensors (in canonical order), tokenizer files and config.json into `directory`, replacing an earlier conversion.
 
     Everything is written to a temporary directory inside `directory` first; on any error it is removed and the earlier
     conversion is untouched. `inspect` sees that directory when it is complete, and returns what is added to config.json; it raises to refuse.
+    threads: files written at once, each with a tensor in memory.
     """
     check_target(directory)
     new = not directory.exists()
@@ -138,10 +135,9 @@ def write_weights(directory: Path, config: dict, tensors: Iterable[Planned], tok
         metadata = {"format": "codefuse-triton", "version": str(FORMAT_VERSION), "source": str(config.get("source", "")),
                     "architecture": str(config.get("architecture", ""))}
         shards = _shards(list(tensors))
-        files = [
-            _write_shard(temp / f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors", shard, metadata, progress)
-            for i, shard in enumerate(shards) if shard
-        ]
+        paths = [temp / f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        with ThreadPoolExecutor(threads) as pool:
+            files = list(pool.map(lambda path, shard: _write_shard(path, shard, metadata, progress), paths, shards)) if shards[0] else []
         copied = [Path(shutil.copyfile(f, temp / f.name)).name for f in tokenizer_files]
         full = {"format_version": FORMAT_VERSION, **config, "files": files, "tokenizer_files": copied}
         (temp / "config.json").write_text(json.dumps(full, indent=1) + "\n")

@@ -6,6 +6,7 @@ parsed by it (request.py), and the documentation is tested against it.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,7 +236,7 @@ MODELS = (
     Model(DETOKENIZER, "Token chunks to text, a pure function of one chunk; an in-band error becomes an error.",
           _CHUNK, (Tensor("text_output", "STRING", 1, "new text; its concatenation is the whole text"), _CHUNK_INDEX,
                    _SEQUENCE_INDEX, Tensor("batch_index", "INT32", 1, "0")) + ENDING + COUNTS + TOKENS,
-          settings=(_TOKENIZER_DIR,)),
+          settings=(_TOKENIZER_DIR, Setting("generator", GENERATOR, "the model that is told of a request whose client has gone"))),
 )
 MODEL = {m.name: m for m in MODELS}
 MODEL[ENSEMBLE] = Model(ENSEMBLE, "Text to text: tokenizer, generator, detokenizer.", (TEXT_INPUT,) + _OPTION_TENSORS,
@@ -256,35 +257,40 @@ def _step(name: str, inputs: dict[str, str], outputs: dict[str, str]) -> list[st
     return lines + ["    }"]
 
 
-def _ensemble_steps() -> list[str]:
+def _ensemble_steps(names: Mapping[str, str]) -> list[str]:
     """A value is a name of the ensemble's; names with a dot are its inner tensors."""
     made = {t.name: f"tokenizer.{t.name}" for t in MODEL[TOKENIZER].outputs}
     generator_inputs = {**made, "prompt_text": TEXT_INPUT.name}
     generator_inputs.update({t.name: t.name for t in _OPTION_TENSORS})
     chunk = {t.name: f"generator.{t.name}" for t in _CHUNK}
-    steps = [_step(TOKENIZER, {t.name: t.name for t in MODEL[TOKENIZER].inputs}, made),
-             _step(GENERATOR, generator_inputs, chunk),
-             _step(DETOKENIZER, chunk, {t.name: t.name for t in MODEL[DETOKENIZER].outputs})]
+    steps = [_step(names[TOKENIZER], {t.name: t.name for t in MODEL[TOKENIZER].inputs}, made),
+             _step(names[GENERATOR], generator_inputs, chunk),
+             _step(names[DETOKENIZER], chunk, {t.name: t.name for t in MODEL[DETOKENIZER].outputs})]
     body = [line + ("," if i + 1 < len(steps) and line == "    }" else "") for i, s in enumerate(steps) for line in s]
     return ["ensemble_scheduling {", "  step ["] + body + ["  ]", "}"]
 
 
-def config_pbtxt(name: str) -> str:
+NAMES = {name: name for name in MODEL}
+WRITTEN_FROM = "# Written from backend_src/codefuse_triton/contract.py; only parameters are meant to be edited."
+
+
+def config_pbtxt(name: str, names: Mapping[str, str] = NAMES, settings: Mapping[str, str] = {}) -> str:
+    """The config.pbtxt of MODEL[name]. names: what the four models are called; settings: those with another value than the default."""
     model = MODEL[name]
-    lines = [f"# {model.doc}", "# Written from backend_src/codefuse_triton/contract.py; only parameters are meant to be edited.",
-             f'name: "{name}"', f'{"platform" if name == ENSEMBLE else "backend"}: "{"ensemble" if name == ENSEMBLE else "python"}"',
+    lines = [f"# {model.doc}", WRITTEN_FROM,
+             f'name: "{names[name]}"', f'{"platform" if name == ENSEMBLE else "backend"}: "{"ensemble" if name == ENSEMBLE else "python"}"',
              f"max_batch_size: {model.max_batch_size}"]
     if model.decoupled and name != ENSEMBLE:
         lines.append("model_transaction_policy { decoupled: true }")
     lines += _tensor_list("input", model.inputs, model.max_batch_size > 0)
     lines += _tensor_list("output", model.outputs, model.max_batch_size > 0)
     if name == ENSEMBLE:
-        return "\n".join(lines + _ensemble_steps()) + "\n"
+        return "\n".join(lines + _ensemble_steps(names)) + "\n"
     lines.append("instance_group [ { count: 1, kind: KIND_CPU } ]")  # one: it keeps the order of the chunks
     for s in model.settings:
         values = f" ({' | '.join(s.choices)})" if s.choices else f" ({s.low} .. {s.high})" if s.low is not None else ""
         lines += [f"# {s.doc}{values}",
-                  f'parameters {{ key: "{s.name}", value: {{ string_value: "{s.default}" }} }}']
+                  f'parameters {{ key: "{s.name}", value: {{ string_value: "{settings.get(s.name, s.default)}" }} }}']
     return "\n".join(lines) + "\n"
 
 
@@ -296,6 +302,6 @@ def write_configs(repository: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python -m codefuse_triton.contract MODEL_REPOSITORY")
     write_configs(Path(sys.argv[1]))

@@ -1,9 +1,9 @@
 """How the processes around one tritonserver speak: small files named by the server's pid.
 
-drain    made by whoever stops the server: how many seconds running requests may still take
-drained  made by the generator when, after that, its last request has been answered
-failed   made by the generator when its device has failed and nothing more can be served: the reason
-progress made by the detokenizer: the serial of the last chunk that it has seen, an int64 that the generator reads
+drain             made by whoever stops the server: how many seconds running requests may still take
+generator-PID     there from when a generator's process takes requests until, after that, its last one has been answered
+failed            made by a generator when its device has failed and nothing more can be served: the reason
+progress-NAME     made by the detokenizer of the generator NAME: the serial of the last chunk that it has seen, an int64 that the generator reads
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-KINDS = ("drain", "drained", "failed", "progress")
+_GENERATOR = "generator-"
 
 
 def path(server_pid: int, kind: str) -> Path:
@@ -43,25 +43,43 @@ def get(server_pid: int, kind: str) -> str | None:
 
 
 def clear(server_pid: int) -> None:
-    for kind in KINDS:
-        path(server_pid, kind).unlink(missing_ok=True)
+    every = path(server_pid, "*")
+    for file in every.parent.glob(every.name):
+        file.unlink(missing_ok=True)
 
 
-def make_progress(server_pid: int) -> npt.NDArray[np.int64]:
+def register(server_pid: int) -> None:
+    """Says that this process, a generator's, takes requests."""
+    put(server_pid, f"{_GENERATOR}{os.getpid()}")
+
+
+def unregister(server_pid: int) -> None:
+    path(server_pid, f"{_GENERATOR}{os.getpid()}").unlink(missing_ok=True)
+
+
+def generators(server_pid: int) -> list[int]:
+    """The processes that take requests or have some to answer."""
+    every = path(server_pid, f"{_GENERATOR}*")
+    pids = [file.name.rpartition("-")[2] for file in every.parent.glob(every.name)]
+    return [int(pid) for pid in pids if pid.isdigit() and Path(f"/proc/{pid}").exists()]
+
+
+def make_progress(server_pid: int, generator: str) -> npt.NDArray[np.int64]:
     """[1], shared with read_progress(); shared with nobody where the file cannot be made."""
-    file = path(server_pid, "progress")
+    file = path(server_pid, f"progress-{generator}")
     try:
         file.unlink(missing_ok=True)
-        put(server_pid, "progress", "\0" * 8)
+        put(server_pid, f"progress-{generator}", "\0" * 8)
         return _map(file, mmap.ACCESS_WRITE)
     except OSError:
         return np.zeros(1, np.int64)
 
 
-def read_progress(server_pid: int) -> npt.NDArray[np.int64] | None:
+def read_progress(server_pid: int, generator: str) -> npt.NDArray[np.int64] | None:
     """None: there is none yet."""
+    kind = f"progress-{generator}"
     try:
-        return _map(path(server_pid, "progress"), mmap.ACCESS_READ) if get(server_pid, "progress") else None
+        return _map(path(server_pid, kind), mmap.ACCESS_READ) if get(server_pid, kind) else None
     except OSError:
         return None
 

@@ -5,6 +5,7 @@ A reply is where a request's chunks go. Only the sender thread touches a reply a
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from dataclasses import dataclass, field
@@ -54,22 +55,26 @@ class _Live:
 
 
 class Service:
-    """server_pid: whose lifecycle files to watch, 0: none. on_stats is called by the sender with Engine.stats()."""
+    """server_pid: whose lifecycle files to watch, 0: none. name: the model's. on_stats is called by the sender with Engine.stats()."""
 
-    def __init__(self, engine: Engine, *, responses_per_s: int = 1500, server_pid: int = 0,
+    def __init__(self, engine: Engine, *, responses_per_s: int = 1500, server_pid: int = 0, name: str = "generator",
                  on_stats: Callable[[dict[str, Any]], None] = lambda stats: None) -> None:
         self._engine = engine
         self._gap_s = 1.0 / responses_per_s
         self._server_pid = server_pid
+        self._name = name
         self._on_stats = on_stats
         self._drain_deadline = 0.0  # monotonic; 0: not draining
         self._lock = threading.Lock()  # submitting and registering are one step for the sender
         self._live: dict[int, _Live] = {}  # by the uid of each of its sequences
         self._outbox = Outbox()
         self._closing = False
-        self._serial = 0  # of the last chunk that went to the detokenizer
-        self._written_off = 0  # up to this one they are not waited for
+        # of the last chunk that went to the detokenizer; versions of one model, one being unloaded, share that: each knows its own
+        self._serial = self._first = os.getpid() << 40
+        self._written_off = self._first  # up to this one they are not waited for
         self._seen: npt.NDArray[np.int64] | None = None  # [1] the serial of the last one that it has seen
+        if server_pid:
+            lifecycle.register(server_pid)
         self._sender = threading.Thread(target=self._run, name="sender", daemon=True)
         self._sender.start()
 
@@ -107,6 +112,8 @@ class Service:
         self._engine.close()
         self._sender.join(timeout=10)
         self._outbox.close()
+        if self._server_pid:
+            lifecycle.unregister(self._server_pid)
 
     def _run(self) -> None:
         next_look = 0.0
@@ -126,10 +133,11 @@ class Service:
                 self._wait_for_detokenizer()
 
     def _wait_for_detokenizer(self) -> None:
-        seen, moved = 0, time.monotonic()
+        seen, moved = self._first, time.monotonic()
         while self._serial - max(seen, self._written_off) > WINDOW:
-            if int(self._seen[0]) != seen:
-                seen, moved = int(self._seen[0]), time.monotonic()
+            now = int(self._seen[0])
+            if now != seen and self._first <= now <= self._serial:
+                seen, moved = now, time.monotonic()
             elif time.monotonic() - moved > STALL_S:  # chunks of a vanished client may be lost on the way
                 self._written_off = self._serial
                 self._seen = None  # or the detokenizer was loaded anew: look for its file again
@@ -186,7 +194,7 @@ class Service:
         self._on_stats(stats)
         if self._server_pid:
             if self._seen is None:
-                self._seen = lifecycle.read_progress(self._server_pid)
+                self._seen = lifecycle.read_progress(self._server_pid, self._name)
             if stats.get("error"):
                 lifecycle.put(self._server_pid, "failed", str(stats["error"]))
             self._drain(now)
@@ -201,7 +209,7 @@ class Service:
         with self._lock:
             uids = list(self._live)
         if not uids:
-            lifecycle.put(self._server_pid, "drained")
+            lifecycle.unregister(self._server_pid)
         elif now >= self._drain_deadline:
             for uid in uids:
                 self.cancel(uid, f"{SHUTTING_DOWN}; the text is incomplete")

@@ -93,6 +93,11 @@ class TokenizerModel:
         return prompt
 
 
+def _uid_base() -> int:
+    """What this generator's uids are counted from: those of another version, which may be on its way out, are not ours to cancel."""
+    return os.getpid() << 40
+
+
 class _Sender:
     """The Reply of one request: chunks to tensors."""
 
@@ -106,12 +111,12 @@ class _Sender:
 
     def heartbeat(self, uid: int, serial: int) -> None:
         self._sender.send(pb_utils.InferenceResponse([
-            pb_utils.Tensor("output_ids", np.zeros((1, 0), np.int32)), _tensor("uid", uid, np.int64),
+            pb_utils.Tensor("output_ids", np.zeros((1, 0), np.int32)), _tensor("uid", _uid_base() + uid, np.int64),
             _tensor("serial", serial, np.int64), _tensor("chunk_index", -1)]))
 
     def send(self, chunk: Any, serial: int, echo: bytes, error: str, sequence: int, last: bool) -> None:
         tensors = [
-            pb_utils.Tensor("output_ids", np.asarray(chunk.token_ids, np.int32)[None]), _tensor("uid", chunk.uid, np.int64),
+            pb_utils.Tensor("output_ids", np.asarray(chunk.token_ids, np.int32)[None]), _tensor("uid", _uid_base() + chunk.uid, np.int64),
             _tensor("serial", serial, np.int64), _tensor("text_start", chunk.text_start), _tensor("text_bytes", chunk.text_bytes),
             _tensor("chunk_index", chunk.index), _tensor("sequence_index", sequence), _tensor("num_input_tokens", chunk.num_input_tokens),
             pb_utils.Tensor("num_truncated_tokens", np.array([chunk.num_truncated_tokens], np.int32)),
@@ -141,7 +146,8 @@ class _Metrics:
     _COUNTERS = {"steps", "prefill_tokens", "decode_tokens", "cached_tokens", "wasted_rows", "preemptions", "evictions",
                  "submitted", "refused", "finished"}
 
-    def __init__(self) -> None:
+    def __init__(self, model: str) -> None:
+        self._model = model
         self._families: dict[str, Any] = {}
         self._metrics: dict[tuple[str, str], Any] = {}
         self._last: dict[tuple[str, str], float] = {}
@@ -165,7 +171,7 @@ class _Metrics:
             self._families[name] = pb_utils.MetricFamily(name=f"codefuse_{name}" + "_total" * counter,
                                                          description=f"Engine.stats()['{name}']", kind=kind)
         if key not in self._metrics:
-            self._metrics[key] = self._families[name].Metric(labels=labels)
+            self._metrics[key] = self._families[name].Metric(labels={"model": self._model, **labels})
         if counter:
             self._metrics[key].increment(float(value - old))
         else:
@@ -182,7 +188,8 @@ class GeneratorModel:
         self._inputs = [t.name for t in contract.MODEL[contract.GENERATOR].inputs]
         engine = Engine(weights, **settings)
         pb_utils.Logger.log_info(f"generator: {weights} on {engine.device}, {engine.dtype}, max_len {engine.max_len}")
-        self._service = Service(engine, responses_per_s=responses_per_s, server_pid=os.getppid(), on_stats=_Metrics().update)
+        name = args["model_name"]
+        self._service = Service(engine, responses_per_s=responses_per_s, server_pid=os.getppid(), name=name, on_stats=_Metrics(name).update)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -192,7 +199,7 @@ class GeneratorModel:
         sender = request.get_response_sender()
         given = {t.name(): t.as_numpy() for t in request.inputs()}
         if "stop_uid" in given:
-            self._service.cancel(int(given["stop_uid"].reshape(-1)[0]))
+            self._service.cancel(int(given["stop_uid"].reshape(-1)[0]) - _uid_base())
             _finish(sender)
             return
         try:
@@ -221,8 +228,10 @@ def _valid_utf8(text: bytes) -> bytes:
 
 class DetokenizerModel:
     def initialize(self, args: dict[str, str]) -> None:
-        self._bytes = Vocab.load(_tokenizer_dir(args, _settings(contract.DETOKENIZER, args))).token_bytes
-        self._progress = lifecycle.make_progress(os.getppid())
+        settings = _settings(contract.DETOKENIZER, args)
+        self._bytes = Vocab.load(_tokenizer_dir(args, settings)).token_bytes
+        self._generator = settings["generator"]
+        self._progress = lifecycle.make_progress(os.getppid(), self._generator)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -267,10 +276,9 @@ class DetokenizerModel:
     def _text(self, token: int) -> bytes:
         return self._bytes[token] if token < len(self._bytes) else b""  # a model's vocabulary may be padded
 
-    @staticmethod
-    def _stop(uid: Any) -> None:
+    def _stop(self, uid: Any) -> None:
         """A step of a cancelled request: the generator's own request is not marked, so tell it."""
-        call = pb_utils.InferenceRequest(model_name=contract.GENERATOR, requested_output_names=[],
+        call = pb_utils.InferenceRequest(model_name=self._generator, requested_output_names=[],
                                          inputs=[pb_utils.Tensor("stop_uid", uid.as_numpy())])
         for _ in call.exec(decoupled=True):
             pass

@@ -247,7 +247,7 @@ class TritonServer:
         if not self.log.is_file():  # a terminal or a pipe, such as /dev/stdout
             return f"the log went to {self.log}"
         text = self.log.read_text(errors="replace")
-        reasons = re.findall(r"failed to load (?:model )?'(\w+)'(?: version \d+)?: (.*)", text)
+        reasons = re.findall(r"failed to load (?:model )?'([^']+)'(?: version \d+)?: (.*)", text)
         if reasons:
             return "; ".join(f"{model}: {reason.split(chr(92) + 'n' + chr(92) + 'nAt:')[0]}" for model, reason in reasons)
         return "\n".join(text.splitlines()[-15:])
@@ -287,7 +287,7 @@ class TritonServer:
         lifecycle.put(self.pid, "drain", str(drain_s))
         deadline = time.monotonic() + drain_s + 3
         while time.monotonic() < deadline and self._process.poll() is None:
-            if lifecycle.get(self.pid, "drained") is not None:
+            if not lifecycle.generators(self.pid):
                 time.sleep(_FLUSH_S)
                 return
             time.sleep(0.02)

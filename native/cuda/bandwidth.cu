@@ -13,7 +13,7 @@ namespace {
 constexpr int kChunk = 32 << 10, kStages = 6, kThreads = 256;
 
 void check(cudaError_t e, const char* what) {
-  if (e != cudaSuccess) throw DeviceError(cat("read bandwidth: ", what, ": ", cudaGetErrorString(e)));
+  if (e != cudaSuccess) throw DeviceError(cat("bandwidth: ", what, ": ", cudaGetErrorString(e)));
 }
 
 __global__ void __launch_bounds__(kThreads) read_all(const uint4* __restrict__ data, size_t chunks, unsigned* out) {
@@ -102,6 +102,32 @@ double cuda_read_bandwidth(int index) {
   cudaEventDestroy(stop);
   cudaFree(data);
   return double(chunks) * kChunk / (best * 1e-3);
+}
+
+double cuda_copy_bandwidth(int index) {
+  constexpr size_t kBytes = size_t(1) << 30;
+  check(cudaSetDevice(index), "choosing the device");
+  void *host = nullptr, *device = nullptr;
+  check(cudaMallocHost(&host, kBytes), "pinned memory");
+  check(cudaMalloc(&device, kBytes), "allocating");
+  cudaEvent_t start, stop;
+  check(cudaEventCreate(&start), "event");
+  check(cudaEventCreate(&stop), "event");
+  float best = 1e30f;
+  for (int run = 0; run < 5; ++run) {
+    check(cudaEventRecord(start), "event");
+    check(cudaMemcpyAsync(device, host, kBytes, cudaMemcpyHostToDevice), "copying");
+    check(cudaEventRecord(stop), "event");
+    check(cudaEventSynchronize(stop), "copying");
+    float ms = 0;
+    check(cudaEventElapsedTime(&ms, start, stop), "timing");
+    best = std::min(best, ms);
+  }
+  cudaEventDestroy(start);
+  cudaEventDestroy(stop);
+  cudaFreeHost(host);
+  cudaFree(device);
+  return double(kBytes) / (best * 1e-3);
 }
 
 }  // namespace codefuse

@@ -57,14 +57,22 @@ def make_server(repository: Path) -> TritonServer:
                         log=repository.with_suffix(".log"))
 
 
-def metrics(server: TritonServer) -> dict[str, float]:
-    """The codefuse_ metrics; finished requests as finished_REASON."""
-    values = {}
+def _samples(server: TritonServer) -> Iterator[tuple[str, dict[str, str], float]]:
+    """(name, labels, value) of the codefuse_ metrics."""
     for line in urllib.request.urlopen(server.metrics_url, timeout=5).read().decode().splitlines():
-        match = re.match(r'codefuse_(\w+?)(?:_total)?(?:\{(?:reason="(\w+)"|[^}]*)\})? (\S+)$', line)
+        match = re.match(r"codefuse_(\w+?)(?:_total)?(?:\{([^}]*)\})? (\S+)$", line)
         if match:
-            values["_".join(filter(None, match.group(1, 2)))] = float(match.group(3))
-    return values
+            yield match[1], dict(re.findall(r'(\w+)="([^"]*)"', match[2] or "")), float(match[3])
+
+
+def metrics(server: TritonServer) -> dict[str, float]:
+    """The codefuse_ metrics of the server's one generator; finished requests as finished_REASON."""
+    return {f"{name}_{labels['reason']}" if "reason" in labels else name: value for name, labels, value in _samples(server)}
+
+
+def metric_of(server: TritonServer, name: str, model: str) -> float:
+    """0 until the model has said it."""
+    return next((value for n, labels, value in _samples(server) if (n, labels.get("model")) == (name, model)), 0.0)
 
 
 def busy(server: TritonServer) -> float:
