@@ -221,7 +221,7 @@ struct Spelling {
   Spelling(const Spelling&) = delete;
   std::vector<int32_t> allowed() const {
     std::vector<uint32_t> mask(words, 0);
-    constraint.allow(mask.data());
+    constraint.allow(at, mask.data());
     std::vector<int32_t> ids;
     for (size_t t = 0; t < words * 32; ++t)
       if (mask[t / 32] >> (t % 32) & 1) ids.push_back(int32_t(t));
@@ -232,6 +232,7 @@ struct Spelling {
   TokenTrie trie;
   PrefixConstraint constraint;
   size_t words;
+  size_t at = 0;  // bytes spelled
 };
 
 Limits limits_of(int slots, int rows, int max_len, int pages) {
@@ -386,9 +387,9 @@ void bind_testing_engine(py::module_& module) {
       .def(py::init<TokenBytes, const std::vector<int32_t>&, int, std::string>(), py::arg("tokens"), py::arg("never"), py::arg("vocab"),
            py::arg("bytes"))
       .def_property_readonly("possible", [](const Spelling& s) { return s.constraint.possible(); })
-      .def_property_readonly("done", [](const Spelling& s) { return s.constraint.done(); })
-      .def_property_readonly("left", [](const Spelling& s) { return s.constraint.left(); })
-      .def("next", [](Spelling& s, int32_t token) { s.constraint.next(token); })
+      .def_property_readonly("done", [](const Spelling& s) { return s.at >= s.constraint.size(); })
+      .def_property_readonly("left", [](const Spelling& s) { return s.constraint.size() - std::min(s.at, s.constraint.size()); })
+      .def("next", [](Spelling& s, int32_t token) { s.at += s.constraint.bytes_of(token); })
       .def("allowed", &Spelling::allowed);
 
   // Pieces of the text of tokens 0, 1, ..: [(ids, text)] as released after each token and at the end; the stop string found.

@@ -68,6 +68,74 @@ def test_first_tokens_are_not_waited_for():
             assert e.stats()["wasted_rows"] == 0
 
 
+def guessed(seed):
+    """A prompt that gives back tokens: the guess is right to the end, in part, or wrong at once. Without it, what comes."""
+    rng = random.Random(seed)
+    with engine(rows_alike=True) as e:
+        typed = bytes(rng.choices(b"abcd", k=rng.randint(1, 6)))
+        plain = Prompt(rng.choices(range(1, 60), k=rng.randint(1, 30)), typed)
+        options = dict(max_tokens=rng.randint(1, 20), seed=seed, ignore_eos=seed % 3 > 0, min_tokens=seed % 2, logprobs=True)
+        want = e.generate(plain, include_typed=True, **options)
+    early = [int(t) for t, end in zip(want.token_ids, np.cumsum([len(TABLE[t]) for t in want.token_ids])) if end <= len(typed)]
+    right = early[: rng.randint(0, len(early))]
+    rest = typed[len(texts(right)):]
+    return Prompt(plain.ids, typed, [*right, *(TABLE.index(bytes([b])) for b in rest)]), options, want
+
+
+@pytest.mark.parametrize("options", [dict(depth=1), dict(depth=2), dict(depth=2, prefill_tokens=7), dict(slots=60), dict(prefill_tokens=2)], ids=str)
+def test_guesses_change_nothing_but_the_steps(options):
+    saved = 0
+    for seed in range(60):
+        prompt, sampling, want = guessed(seed)
+        with engine(rows_alike=True, **options) as e:
+            got = e.generate(prompt, include_typed=True, **sampling)
+            stats = e.stats()
+        assert (got.token_ids.tolist(), got.text, got.finish_reason) == (want.token_ids.tolist(), want.text, want.finish_reason), prompt
+        assert got.logprobs.tolist() == want.logprobs.tolist() and got.num_output_tokens == want.num_output_tokens
+        assert got.num_input_tokens == len(prompt.ids) + len(prompt.typed_ids)
+        assert stats["free_pages"] == stats["pages"]
+        if options == dict(depth=1) and got.finish_reason == "length":
+            right = next((i for i, (a, b) in enumerate(zip(prompt.typed_ids, got.token_ids)) if a != b), len(prompt.typed_ids))
+            rows = len(prompt.ids) + len(prompt.typed_ids)
+            assert stats["steps"] <= -(-rows // 16) + (rows > 16) + len(got.token_ids) - 1 - right  # one more where what is sampled did not fit
+            saved += right
+    assert saved > 20 or options != dict(depth=1)
+
+
+def test_guesses_in_company():
+    """With others, preempted, cancelled, from the prefix cache: every text is what it is alone."""
+    many = [guessed(seed) for seed in range(80)]
+    for options in (dict(slots=8), dict(slots=8, depth=2, pages=5, max_len=128), dict(slots=50, pages=64, prefill_tokens=64), dict(slots=3, depth=2, rows_alike=False)):
+        with engine(**{"rows_alike": True, "queue": 200, **options}) as e:
+            box = Outbox()
+            uids = [e.submit(p, outbox=box, include_typed=True, **o) for p, o, _ in many for _ in range(2)]
+            for uid in uids[5::9]:
+                e.cancel(uid)
+            got = {u: [[], None] for u in uids}
+            while any(last is None for _, last in got.values()):
+                for c in box.poll(20):
+                    got[c.uid][0] += c.token_ids.tolist()
+                    got[c.uid][1] = c if c.finish_reason else None
+            twins = {}
+            for i, uid in enumerate(uids):
+                tokens, last = got[uid]
+                want = many[i // 2][2].token_ids.tolist()
+                if not options.get("rows_alike", True):  # rows of prompts and of generated tokens differ: only the two copies are alike
+                    want = tokens if last.finish_reason == "cancelled" else twins.setdefault(i // 2, tokens)
+                assert tokens == (want[: len(tokens)] if last.finish_reason == "cancelled" else want)
+            assert e.stats()["free_pages"] == e.stats()["pages"]
+            assert options.get("pages") != 5 or e.stats()["preemptions"] > 0
+
+
+def test_guesses_are_left_out_where_rules_need_every_token():
+    guess = Prompt(PROMPT, b"ab", [TABLE.index(b"a"), TABLE.index(b"b")])
+    for sampling in (dict(repetition_penalty=1.5), dict(bad_words=["zzz"])):
+        with engine() as e:
+            without = e.generate(Prompt(PROMPT, b"ab"), max_tokens=9, seed=1, ignore_eos=True, **sampling)
+            assert e.generate(guess, max_tokens=9, seed=1, ignore_eos=True, **sampling).text == without.text
+            assert e.stats()["wasted_rows"] == 0
+
+
 def test_typed_bytes_never_end_the_text():
     with engine() as e:
         for seed in range(30):

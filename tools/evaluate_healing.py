@@ -2,6 +2,7 @@
 """What token healing is worth: held-out code cut at every character, continued with it, without it, and by an oracle.
 
     python tools/evaluate_healing.py WEIGHTS_DIR [--lines 150]
+    python tools/evaluate_healing.py WEIGHTS_DIR --first-text [--context 3000]    what it costs: seconds until the first text
 
 For each cut of a line, `rest` is what stood behind it up to and with the line's end.
 - healing:   the prompt's text as Vocab.encode_open has it, the output constrained to the typed bytes
@@ -18,6 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterator
@@ -188,16 +191,38 @@ def evaluate(weights: Path, texts: list[str], *, lines: int, context_chars: int 
     return figures
 
 
+def first_text(weights: Path, texts: list[str], *, lines: int, context_chars: int, seed: int = 0, device: str = "cpu") -> dict[str, list[float]]:
+    """Seconds from a text prompt to the first piece of new text, one request at a time, healed and plain in turn."""
+    times: dict[str, list[float]] = {"healing": [], "plain": []}
+    rng = random.Random(seed)
+    with Engine(weights, device=device, slots=1, prefix_cache="off") as engine:
+        for line in cuts(texts, lines, context_chars, seed):
+            cut = rng.choice(line)
+            for kind in rng.sample(list(times), 2):
+                started = time.perf_counter()
+                with engine.stream(cut.prompt, max_tokens=8, token_healing=kind == "healing", ignore_eos=True) as stream:
+                    next(stream)
+                times[kind].append(time.perf_counter() - started)
+    return times
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("weights", type=Path, help="a weights directory with its tokenizer")
     p.add_argument("--text", type=Path, default=HELD_OUT, help="JSON lines, those with a `text` are the documents (default: the demo model's held-out files)")
     p.add_argument("--lines", type=int, default=150)
     p.add_argument("--context", type=int, default=512, help="characters in front of a line (default: %(default)s)")
+    p.add_argument("--first-text", action="store_true")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--device", default="cpu")
     a = p.parse_args()
     texts = [d["text"] for d in map(json.loads, a.text.read_text().splitlines()) if "text" in d]
+    if a.first_text:
+        times = first_text(a.weights, texts, lines=a.lines, context_chars=a.context, seed=a.seed, device=a.device)
+        medians = {kind: statistics.median(t) * 1e3 for kind, t in times.items()}
+        ratio = statistics.median(h / p for h, p in zip(times["healing"], times["plain"]))
+        print(f"ms to the first text, medians of {a.lines}: healing {medians['healing']:.2f}, plain {medians['plain']:.2f}; of pairs {100 * (ratio - 1):+.1f} %")
+        return
     f = evaluate(a.weights, texts, lines=a.lines, context_chars=a.context, seed=a.seed, device=a.device)
     print(f.table())
     print(f"\n{f.cuts} cuts, {f.bytes} bytes; outputs that do not continue the typed bytes: {f.broken}; tokens given back at {f.healed} cuts, "

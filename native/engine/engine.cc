@@ -180,7 +180,7 @@ bool Engine::take_commands() {
       const Limits& limits = scheduler_.limits();
       const int64_t size = int64_t(r.prompt.size());  // the prefix may be spelled with a token a byte, as far as there is room
       live->most = int(std::min({int64_t(r.max_tokens) + int64_t(r.prefix.size()), limits.max_len - size, int64_t(limits.pages) * kPageTokens + 1 - size}));
-      scheduler_.add(live->uid, r.prompt, live->most, r.sample, std::move(r.rules), r.cache_salt, live->supersedes);
+      scheduler_.add(live->uid, r.prompt, live->most, r.sample, std::move(r.rules), r.cache_salt, live->supersedes, r.prefix_ids);
     }
     live_.emplace(live->uid, std::move(live));
   }

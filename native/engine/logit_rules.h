@@ -37,6 +37,8 @@ class LogitRules {
   virtual bool waits(const std::vector<int32_t>& generated) = 0;
   // The changes for generated token number `index` (from 0). index > generated.size() only while waits() is false.
   virtual void prepare(const std::vector<int32_t>& generated, int index, LogitChanges* changes) = 0;
+  // True when prepare() may also be given tokens that are only guessed: it keeps nothing of them.
+  virtual bool looks_ahead() const { return false; }
 };
 
 using RuleList = std::vector<std::unique_ptr<LogitRules>>;

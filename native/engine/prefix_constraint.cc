@@ -42,7 +42,7 @@ PrefixConstraint::PrefixConstraint(const TokenTrie* trie, std::string bytes)
   }
 }
 
-void PrefixConstraint::allow(uint32_t* mask) const {
+void PrefixConstraint::allow(size_t at, uint32_t* mask) const {
   const auto set = [&](int begin, int end) {
     for (int p = begin; p < end; ++p) {
       const int32_t t = trie_->token(p);
@@ -51,26 +51,32 @@ void PrefixConstraint::allow(uint32_t* mask) const {
   };
   TokenTrie::Node node = trie_->root();
   for (size_t depth = 0; !node.empty(); ++depth) {
-    if (at_ + depth == bytes_.size()) return set(node.begin, node.end);
-    if (depth > 0 && spells_[at_ + depth]) set(node.begin, node.begin + trie_->ending(node, depth));
-    node = trie_->child(node, depth, uint8_t(bytes_[at_ + depth]));
+    if (at + depth == bytes_.size()) return set(node.begin, node.end);
+    if (depth > 0 && spells_[at + depth]) set(node.begin, node.begin + trie_->ending(node, depth));
+    node = trie_->child(node, depth, uint8_t(bytes_[at + depth]));
   }
 }
 
-bool PrefixRule::waits(const std::vector<int32_t>& generated) {
-  for (; seen_ < generated.size() && !constraint_.done(); ++seen_) within_ += constraint_.next(generated[seen_]);
-  return !constraint_.done();
+PrefixRule::Spelled PrefixRule::spelled(const std::vector<int32_t>& generated) const {
+  Spelled s;
+  for (size_t i = 0; i < generated.size() && s.bytes < constraint_.size(); ++i) {
+    s.bytes += constraint_.bytes_of(generated[i]);
+    s.within += s.bytes <= constraint_.size();
+  }
+  return s;
 }
+
+bool PrefixRule::waits(const std::vector<int32_t>& generated) { return spelled(generated).bytes < constraint_.size(); }
 
 void PrefixRule::prepare(const std::vector<int32_t>& generated, int index, LogitChanges* changes) {
-  if (!waits(generated)) {
-    if (index < min_tokens_ + within_)
-      for (int32_t id : end_ids_) changes->ban(id);
-    return;
+  const Spelled s = spelled(generated);
+  if (s.bytes < constraint_.size()) {
+    std::fill(mask_.begin(), mask_.end(), 0);
+    constraint_.allow(s.bytes, mask_.data());
+    changes->allow_only(mask_);
+  } else if (index < min_tokens_ + s.within) {
+    for (int32_t id : end_ids_) changes->ban(id);
   }
-  std::fill(mask_.begin(), mask_.end(), 0);
-  constraint_.allow(mask_.data());
-  changes->allow_only(mask_);
 }
 
 }  // namespace codefuse

@@ -33,26 +33,24 @@ class TokenTrie {
   std::vector<int32_t> order_;  // ids by their bytes
 };
 
-// What is left of the bytes that the text of one request must begin with. Each token either begins with all that is left, or is
-// its beginning and leaves bytes that tokens can spell: there is no dead end.
+// The bytes that the text of one request must begin with. A token may come when it begins with all that is left of them, or is its
+// beginning and leaves bytes that tokens can spell: there is no dead end.
 class PrefixConstraint {
  public:
   PrefixConstraint(const TokenTrie* trie, std::string bytes);
 
+  size_t size() const { return bytes_.size(); }
   // False: no sequence of tokens spells the bytes.
-  bool possible() const { return done() || spells_[0]; }
-  bool done() const { return at_ >= bytes_.size(); }
-  size_t left() const { return done() ? 0 : bytes_.size() - at_; }
-  // Sets bit t % 32 of mask[t / 32] for every token t that may come next; needs possible() and not done().
-  void allow(uint32_t* mask) const;
-  // A token that was allowed; true when it lies wholly in the bytes.
-  bool next(int32_t token) { return (at_ += trie_->bytes(token).size()) <= bytes_.size(); }
+  bool possible() const { return spells_[0]; }
+  // Sets bit t % 32 of mask[t / 32] for every token t that may come when the first `at` bytes are spelled, at < size(), by
+  // tokens that were allowed; needs possible().
+  void allow(size_t at, uint32_t* mask) const;
+  size_t bytes_of(int32_t token) const { return trie_->bytes(token).size(); }
 
  private:
   const TokenTrie* trie_;
   std::string bytes_;
   std::vector<bool> spells_;  // [bytes + 1] tokens spell bytes_[i:], the last of them possibly more
-  size_t at_ = 0;             // bytes spelled
 };
 
 // The constraint as a rule of a sequence.
@@ -63,14 +61,19 @@ class PrefixRule final : public LogitRules {
       : constraint_(std::move(constraint)), mask_(size_t(mask_words(vocab))), end_ids_(std::move(end_ids)), min_tokens_(min_tokens) {}
   bool waits(const std::vector<int32_t>& generated) override;
   void prepare(const std::vector<int32_t>& generated, int index, LogitChanges* changes) override;
+  bool looks_ahead() const override { return true; }
 
  private:
-  PrefixConstraint constraint_;
+  struct Spelled {
+    size_t bytes = 0;
+    int within = 0;  // tokens that lie wholly in the constraint's
+  };
+  Spelled spelled(const std::vector<int32_t>& generated) const;
+
+  const PrefixConstraint constraint_;
   std::vector<uint32_t> mask_;
   const std::vector<int32_t> end_ids_;
   const int min_tokens_;
-  size_t seen_ = 0;  // tokens that the constraint has taken
-  int within_ = 0;   // those of them that lie wholly in the bytes
 };
 
 }  // namespace codefuse

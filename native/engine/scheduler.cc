@@ -22,14 +22,19 @@ Scheduler::Scheduler(const Limits& limits, int prefill_rows, Reuse reuse, int sh
 }
 
 void Scheduler::add(int64_t uid, std::vector<int32_t> prompt, int max_tokens, const SampleParams& sample, RuleList rules, std::string salt,
-                    int64_t ahead_of) {
+                    int64_t ahead_of, std::vector<int32_t> guess) {
   auto s = std::make_unique<Sequence>();
   s->uid = uid;
   s->prompt = std::move(prompt);
   s->max_tokens = max_tokens;
-  s->chunked = s->prompt_size() > short_prompt_ ? s->prompt_size() : 0;
   s->sample = sample;
   s->rules = std::move(rules);
+  const int samples = int(guess.size()) + 1;
+  const bool is_short = s->prompt_size() <= short_prompt_;
+  if (!is_short && samples <= prefill_rows_ && samples <= max_tokens && limits_.slots + int(guess.size()) <= kDecodeRows &&
+      std::all_of(s->rules.begin(), s->rules.end(), [](const auto& rule) { return rule->looks_ahead(); }))
+    s->guess = std::move(guess);
+  s->chunked = is_short ? 0 : s->prompt_size() + int(s->guess.size());
   s->salt = std::move(salt);
   const auto place = ahead_of == kAll ? waiting_.begin() : std::find_if(waiting_.begin(), waiting_.end(), [&](const Sequence* w) {
     return w->uid == ahead_of && !w->started;
@@ -70,8 +75,21 @@ bool Scheduler::schedule(Batch* batch, Step* step) {
 bool Scheduler::accept(int64_t uid, int32_t token) {
   auto it = all_.find(uid);
   if (it == all_.end()) return false;
-  it->second->generated.push_back(token);
-  --it->second->in_flight;
+  Sequence& s = *it->second;
+  if (s.dropped > 0) {
+    --s.dropped;
+    return false;
+  }
+  s.generated.push_back(token);
+  --s.in_flight;
+  if (s.guess.empty()) return true;
+  const size_t right = s.generated.size() - 1;
+  if (right < s.guess.size() && s.guess[right] == token) return true;
+  s.guess.clear();
+  s.dropped = s.in_flight;
+  s.in_flight = 0;
+  s.chunked = s.prompt_size() + int(right);
+  s.computed = std::min(s.computed, s.chunked);  // 0 if it was preempted meanwhile
   return true;
 }
 
@@ -111,7 +129,7 @@ void Scheduler::admit(Batch* batch, Step* step) {
   int backlog = 0;  // prompt rows of running sequences
   int reserve = 0;  // pages left for running sequences that are still growing, one each
   for (Sequence* s : running_) {
-    backlog += std::max(0, s->prompt_size() - s->computed);
+    backlog += std::max(0, s->prompt_rows() - s->computed);
     reserve += pages_for(s->at_most()) > int(s->pages.size());
   }
   bool published = reuse_ == Reuse::none;
@@ -119,9 +137,9 @@ void Scheduler::admit(Batch* batch, Step* step) {
     Sequence* s = waiting_.front();
     if (s->in_flight > 0) break;  // preempted with a token on its way
     if (!published)
-      for (Sequence* r : running_) publish(*r, reuse_ == Reuse::any_rows ? r->known() : r->prompt_size());
+      for (Sequence* r : running_) publish(*r, reuse_ == Reuse::any_rows ? r->known() : r->certain());
     published = true;
-    const int first = std::min(s->known() + 1, s->at_most());  // room to go on, or it would be preempted again at once
+    const int first = std::min(std::max(s->known(), s->prompt_rows()) + 1, s->at_most());  // room to go on, or it would be preempted again at once
     PrefixCache::Match match = find(*s);
     const auto fits = [&] {
       return free_pages() >= pages_for(first) - int(match.pages.size()) + (running_.empty() ? 0 : reserve);
@@ -150,7 +168,7 @@ void Scheduler::admit(Batch* batch, Step* step) {
       copied_.push_back(match.partial);
     }
     running_.push_back(s);
-    backlog += std::max(0, s->prompt_size() - s->computed);
+    backlog += std::max(0, s->prompt_rows() - s->computed);
     reserve += pages_for(s->at_most()) > pages_for(first);
     if (!s->started) step->admitted.push_back({s->uid, s->computed});
     s->started = true;
@@ -212,14 +230,25 @@ void Scheduler::put_row(Batch* batch, const Sequence& s, int32_t token, int posi
   batch->position.push_back(position);
 }
 
-void Scheduler::put_sample(Batch* batch, Step* step, Sequence& s) {
-  batch->logit_row.push_back(batch->rows() - 1);
+// generated: the known tokens, or as far as they are guessed.
+void Scheduler::put_sample(Batch* batch, Step* step, Sequence& s, int row, const std::vector<int32_t>& generated) {
+  batch->logit_row.push_back(row);
   batch->sample.push_back(s.sample);
   changes_.clear();
-  for (const auto& rule : s.rules) rule->prepare(s.generated, s.chosen(), &changes_);
+  for (const auto& rule : s.rules) rule->prepare(generated, s.chosen(), &changes_);
   changes_.append_to(batch);
   step->sampled.push_back(s.uid);
   ++s.in_flight;
+}
+
+// Of the last row of the prompt and those of the guess, which are the last rows.
+void Scheduler::put_guessed_samples(Batch* batch, Step* step, Sequence& s) {
+  std::vector<int32_t> generated;
+  for (size_t i = 0; i < s.guess.size(); ++i) {
+    put_sample(batch, step, s, batch->rows() - 1 - int(s.guess.size() - i), generated);
+    generated.push_back(s.guess[i]);
+  }
+  put_sample(batch, step, s, batch->rows() - 1, generated);
 }
 
 void Scheduler::put_decode_rows(Batch* batch, Step* step) {
@@ -227,7 +256,7 @@ void Scheduler::put_decode_rows(Batch* batch, Step* step) {
   for (const Sequence* s : running_) decoding += s->prefilled();
   int spare = decode_limit_ - decoding;  // for short prompts and sequences that run several generated tokens again
   for (Sequence* s : running_) {
-    if (!s->prefilled() || waits(*s)) continue;
+    if (!s->prefilled() || !s->guess.empty() || waits(*s)) continue;
     int rows = std::min(s->total() - s->computed, 1 + spare);
     spare -= rows - 1;
     put_table(batch, *s);
@@ -235,22 +264,28 @@ void Scheduler::put_decode_rows(Batch* batch, Step* step) {
       step->prompt_rows += s->computed < s->prompt_size();
       put_row(batch, *s, s->computed < s->known() ? s->token(s->computed) : kLastToken, s->computed);
     }
-    if (s->computed == s->total()) put_sample(batch, step, *s);
+    if (s->computed == s->total()) put_sample(batch, step, *s, batch->rows() - 1, s->generated);
   }
   batch->decode_rows = batch->rows();
 }
 
 void Scheduler::put_chunks(Batch* batch, Step* step) {
   int budget = std::min(prefill_rows_, limits_.rows - batch->decode_rows);
+  int spare = kDecodeRows - limits_.slots;  // samples beyond one of each sequence
   for (Sequence* s : running_) {
     if (budget == 0) break;
     if (s->prefilled()) continue;
-    int count = std::min(s->prompt_size() - s->computed, budget);
+    const int left = s->chunked - s->computed, samples = s->generated.empty() ? 1 + int(s->guess.size()) : 0;
+    int count = std::min(left, budget);
+    if (left - count < samples && (count < left || samples - 1 > spare)) count = left - samples;  // sampled rows run in one step
+    if (count <= 0) continue;
     budget -= count;
     put_table(batch, *s);
     batch->chunks.push_back({batch->rows(), count, s->slot, s->computed});
-    for (int r = 0; r < count; ++r, ++s->computed) put_row(batch, *s, s->prompt[size_t(s->computed)], s->computed);
-    if (s->prefilled() && s->generated.empty()) put_sample(batch, step, *s);
+    for (int r = 0; r < count; ++r, ++s->computed) put_row(batch, *s, s->token(s->computed), s->computed);
+    if (!s->prefilled() || samples == 0) continue;
+    put_guessed_samples(batch, step, *s);
+    spare -= samples - 1;
   }
   step->prompt_rows += batch->rows() - batch->decode_rows;
 }
@@ -273,7 +308,7 @@ void Scheduler::preempt_youngest() {
 // A sequence whose last token is being sampled needs neither slot nor pages: later steps run after this one.
 void Scheduler::retire_complete() {
   auto complete = [this](Sequence* s) {
-    if (s->chosen() < s->max_tokens) return false;
+    if (!s->guess.empty() || s->chosen() < s->max_tokens) return false;
     release(*s);
     return true;
   };

@@ -50,6 +50,10 @@ constexpr int kShortPrompt = 32;
 //
 // schedule() may run before the previous step's tokens are known: such a row carries kLastToken. A sequence whose rules wait
 // gets no row then, until its token is known.
+//
+// What the first generated tokens probably are may be said beforehand, a guess: they run with the prompt, and every one of these
+// rows is sampled. Tokens count up to the first that was not guessed, which takes the place of the guess; so right guesses cost no
+// step. The rows of right guesses are prompt rows for good.
 class Scheduler {
  public:
   // prefill_rows: prompt tokens of one step at most. short_prompt: prompts of at most so many tokens run as decode rows (kShortPrompt where
@@ -63,9 +67,10 @@ class Scheduler {
   // 1 <= prompt.size(), prompt.size() + max_tokens <= max_len, pages_for(prompt + max_tokens - 1) <= pages.
   // salt: sequences of different salts take over nothing from each other. ahead_of: goes to the place before that one, if it still waits
   // for its first row, or before all.
+  // guess: not used with rules that do not look ahead, short prompts, nor where prefill_rows or samples of a step are few.
   static constexpr int64_t kAll = -1;
   void add(int64_t uid, std::vector<int32_t> prompt, int max_tokens, const SampleParams& sample, RuleList rules = {}, std::string salt = {},
-           int64_t ahead_of = 0);
+           int64_t ahead_of = 0, std::vector<int32_t> guess = {});
 
   // Fills batch and step with the next rows; false when nothing can run before results arrive or requests are added.
   bool schedule(Batch* batch, Step* step);
@@ -74,7 +79,7 @@ class Scheduler {
   // its token. A step without them costs as much as one with them.
   bool needs_results() const;
 
-  // Result of one sample, in step order. False: the sequence is gone, the token is to be dropped.
+  // Result of one sample, in step order. False: the sequence is gone, or the sample is behind a wrong guess; the token is to be dropped.
   bool accept(int64_t uid, int32_t token);
 
   // The sequence gets at most so many more tokens; none of it is in flight.
@@ -94,6 +99,8 @@ class Scheduler {
   struct Sequence {
     int64_t uid;
     std::vector<int32_t> prompt, generated;
+    std::vector<int32_t> guess;  // what generated is taken to begin with; empty when it is known
+    int dropped = 0;             // samples in flight behind a wrong guess
     int max_tokens;
     SampleParams sample;
     RuleList rules;
@@ -105,15 +112,17 @@ class Scheduler {
     int computed = 0;   // tokens whose rows were launched since admission, or taken over
     int in_flight = 0;  // tokens being sampled
     bool started = false;
-    int chunked = 0;    // tokens of the prompt that run as prefill rows: all or none
+    int chunked = 0;    // tokens that run as prefill rows: all of the prompt and of the guess, as far as it is right, or none
 
     int prompt_size() const { return int(prompt.size()); }
     int known() const { return int(prompt.size() + generated.size()); }
     int total() const { return known() + in_flight; }
     int at_most() const { return prompt_size() + max_tokens - 1; }
     bool prefilled() const { return computed >= chunked; }
+    int prompt_rows() const { return std::max(prompt_size(), chunked); }  // tokens that run with the prompt
+    int certain() const { return guess.empty() ? prompt_rows() : prompt_size(); }  // of them, those that are known
     int chosen() const { return int(generated.size()) + in_flight; }
-    int32_t token(int i) const { return i < prompt_size() ? prompt[size_t(i)] : generated[size_t(i - prompt_size())]; }
+    int32_t token(int i) const { return i < prompt_size() ? prompt[size_t(i)] : (guess.empty() ? generated : guess)[size_t(i - prompt_size())]; }
   };
 
   int32_t key(const Sequence& s, int i) const;
@@ -125,7 +134,8 @@ class Scheduler {
   void admit(Batch* batch, Step* step);
   static bool waits(const Sequence& s);
   void put_row(Batch* batch, const Sequence& s, int32_t token, int position);
-  void put_sample(Batch* batch, Step* step, Sequence& s);
+  void put_sample(Batch* batch, Step* step, Sequence& s, int row, const std::vector<int32_t>& generated);
+  void put_guessed_samples(Batch* batch, Step* step, Sequence& s);
   void put_decode_rows(Batch* batch, Step* step);
   void put_chunks(Batch* batch, Step* step);
   void put_table(Batch* batch, const Sequence& s);

@@ -29,6 +29,7 @@ class TokenRules final : public LogitRules {
   void begin_with(size_t typed, const TokenBytes* table) { typed_ = typed, table_ = table; }
 
   bool waits(const std::vector<int32_t>&) override { return penalties_.any(); }
+  bool looks_ahead() const override { return !penalties_.any(); }
   void prepare(const std::vector<int32_t>& generated, int index, LogitChanges* changes) override;
 
  private:
