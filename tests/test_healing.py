@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from codefuse_triton import Engine, Outbox
+from codefuse_triton import Engine, Outbox, devices
 from codefuse_triton.prompt import Prompt
 from fake_model import fake_engine
 
@@ -239,10 +239,15 @@ def test_places_to_stop_at():
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("demo") / "weights"
     convert.convert(CHECKPOINT, path, progress=contextlib.nullcontext(lambda n: None))
-    with Engine(path, device="cpu", slots=16, threads=2) as e:
+    return path
+
+
+@pytest.fixture(scope="module")
+def demo(weights):
+    with Engine(weights, device="cpu", slots=16, threads=2) as e:
         yield e
 
 
@@ -315,3 +320,20 @@ def test_seeds_and_company(demo):
         t.join()
     for a, b in zip(alone, together):
         assert a.text == b.text and a.logprobs.tolist() == b.logprobs.tolist()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not any(d.startswith("cuda") for d in devices()[0]), reason=f"no CUDA device: {devices()[1]}")
+def test_on_a_gpu(weights, demo):
+    """Masks on the device, several samples of one prompt in one step: the CPU's texts, alone and together."""
+    prompts = [CODE[:at] for at in range(20, len(CODE), 3)]
+    want = [demo.generate(p, max_tokens=8, include_typed=True).text for p in prompts]
+    with Engine(weights, device="cuda", dtype="float32", slots=16) as e:
+        assert [e.generate(p, max_tokens=8, include_typed=True).text for p in prompts] == want
+        box = Outbox()
+        uids = {e.submit(p, outbox=box, max_tokens=8, include_typed=True, stream=False): i for i, p in enumerate(prompts)}
+        got = [""] * len(prompts)
+        while "" in got:
+            for c in box.poll(20):
+                got[uids[c.uid]] = c.text.decode()
+        assert got == want

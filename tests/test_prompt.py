@@ -1,6 +1,6 @@
 """Fill in the middle: each model kind's template from its tokens, cutting to fit, and the cursor inside a token."""
 import pytest
-from codefuse_triton import Outbox, Vocab
+from codefuse_triton import Engine, Outbox, Vocab
 from codefuse_triton.prompt import PREFIX, SUFFIX, Prompt, assemble, fim_template, make_prompt
 from fake_model import fake_engine, letters
 from test_vocab import byte_level, sentencepiece_model
@@ -124,3 +124,25 @@ def test_through_the_engine():
             ends |= {(c.uid, c.finish_reason) for c in box.poll(10) if c.finish_reason}
         assert sum(reason == "eos" for _, reason in ends) > 15
     assert len(letters()) == 64
+
+
+def test_stop_words_of_the_predecessor_and_of_special_tokens(tmp_path):
+    """Sequences of token ids are the text that they are; a special token, by name or id, ends the text where it comes."""
+    byte_level(tmp_path, ("<|endoftext|>",))
+    vocab = Vocab.load(tmp_path)
+    native = fake_engine(vocab=len(vocab), token_bytes=vocab.token_bytes)._native
+    with Engine._of(native, vocab) as e:
+        options = dict(max_tokens=200, ignore_eos=True)
+        seed = next(s for s in range(50) if 0 in e.generate([5, 6], seed=s, **options).token_ids)
+        free = e.generate([5, 6], seed=seed, **options).token_ids.tolist()
+        for stop in (["<|endoftext|>"], [[0]], [b"nev\xffer", (0,)]):
+            ended = e.generate([5, 6], seed=seed, stop=stop, **options)
+            assert ended.finish_reason == "eos" and ended.token_ids.tolist() == free[: free.index(0)]
+        word = free[:2]
+        cut = e.generate([5, 6], seed=seed, stop=[word], **options)
+        assert cut.stop_reason == vocab.decode(word).decode("utf-8", "replace") and cut.num_output_tokens == 0
+        banned = e.generate([5, 6], seed=seed, bad_words=[[0], word], **options).token_ids
+        assert 0 not in banned and vocab.decode(word) not in vocab.decode(banned)
+        for words, said in ([5], r"stop\[0\] is 5; expected text or the token ids of one"), ([[0, 5]], r"stop\[0\] is \[0, 5\]; expected one token"):
+            with pytest.raises(ValueError, match=said):
+                e.generate([5, 6], stop=words)

@@ -106,7 +106,7 @@ OPTIONS = (
            "held back", default=0.0, low=-1e4, high=1e4, submit="beam_diversity_rate"),
     Option("early_stopping", "BOOL", "with beams: end with beam_width finished texts even if another could become better", default=False,
            submit="early_stopping"),
-    Option("stop_words", "STRING", "strings that end the text, found in the text itself", dims=-1, default=(),
+    Option("stop_words", "STRING", "strings that end the text, found in the text itself; one that names a special token makes it an end token", dims=-1, default=(),
            json="stop", submit="stop"),
     Option("include_stop", "BOOL", "leave the stop string in the text", default=False,
            json="include_stop_str_in_output", submit="include_stop"),
@@ -145,7 +145,7 @@ OPTIONS = (
 )
 OPTION_BY_NAME = {name: o for o in OPTIONS for name in (o.name, o.alias) if name}
 OPTION_BY_JSON = {name: o for o in OPTIONS for name in (o.json or o.name, o.alias) if name}
-MAX_STOP_WORDS, MAX_STOP_BYTES = 64, 1024  # of bad_words too
+MAX_BAD_WORDS, MAX_STOP_BYTES = 64, 1024  # bytes of one string, of bad_words too
 
 # vLLM's names that change nothing here, with the values that are accepted (None always is)
 JSON_IGNORED = {

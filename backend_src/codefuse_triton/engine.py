@@ -21,6 +21,7 @@ from .vocab import Vocab, read_json
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _Scored = TypeVar("_Scored", Chunk, "Result")
 AnyPrompt = str | bytes | Sequence[int] | npt.NDArray[np.integer[Any]] | Prompt
+Word = str | bytes | Sequence[int]
 _BEFORE_BYTES = 1 << 16  # of the text in front of the cursor that stop_at looks at
 
 
@@ -174,7 +175,7 @@ class Engine:
     def submit(self, prompt: AnyPrompt, *, outbox: Outbox, max_tokens: int = 128, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
                min_p: float = 0.0, seed: int | None = None, logit_bias: Mapping[int | str, float] | None = None,
                repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
-               bad_words: Sequence[str | bytes] = (), stop: Sequence[str | bytes] = (), include_stop: bool = False,
+               bad_words: Sequence[Word] | Word = (), stop: Sequence[Word] | Word = (), include_stop: bool = False,
                stop_at: Sequence[str] | str = (), eos_ids: Sequence[int] | None = None, ignore_eos: bool = False, min_tokens: int = 0,
                max_time_ms: int = 0, token_healing: bool = True, include_typed: bool = False, prefix_bytes: bytes = b"",
                suffix: str | bytes | Sequence[int] = "", fim_mode: str = "", stream: bool = True, logprobs: bool = False, top_logprobs: int = 0,
@@ -194,7 +195,8 @@ class Engine:
         frequency_penalty as often as they occur in it (as OpenAI defines them); all before temperature, logit_bias after
         repetition_penalty. bad_words: no token is chosen that would complete one of these in the text, wherever tokens begin and
         end, also together with the end of the prompt; one that names a special token bans that token. stop: the output ends
-        before the first of these to end in it (after it with include_stop). stop_at: further ends, any of "line", "block",
+        before the first of these to end in it (after it with include_stop); one that names a special token makes it an end token. Words
+        may be given as the ids of their tokens. stop_at: further ends, any of "line", "block",
         "bracket", "suffix", "repetition". min_tokens: no end token is sampled before, stop strings do not end the output.
         max_time_ms: the output ends so long after submit, with finish_reason "time"; 0: no limit.
         stream=False delivers one chunk with everything. logprobs: of each token under the model itself: before temperature, biases,
@@ -216,19 +218,19 @@ class Engine:
             if abs(value) >= 2**31:
                 raise ValueError(f"{name} is {value}; expected less than {2**31}")
         bias = self._bias(logit_bias or {})
-        words = _as_bytes("bad_words", bad_words)
-        bans = [id for word in words if (id := self.vocab.special_id(word.decode("utf-8", "replace"))) is not None]
+        words, bans = _words(self.vocab, "bad_words", bad_words)
+        stops, stop_ids = _words(self.vocab, "stop", stop)
         places = (stop_at,) if isinstance(stop_at, str) else tuple(stop_at)
         p = prompt if isinstance(prompt, Prompt) and not len(suffix) else self._prompt(prompt, token_healing, bytes(prefix_bytes), suffix, fim_mode)
         if beam_width > 1 and p.typed_ids:
             p = replace(p, ids=[*p.ids, *p.typed_ids], typed=b"", typed_ids=())
         ids, lost_prefix, lost_suffix = assemble(p, self._room - max_tokens - len(p.template) + 2 - max(len(p.typed_ids), len(p.typed)))
-        eos = [] if ignore_eos else [*(self._eos_ids if eos_ids is None else eos_ids), *p.end_ids]
+        eos = stop_ids + ([] if ignore_eos else [*(self._eos_ids if eos_ids is None else eos_ids), *p.end_ids])
         before, after = (self.vocab.decode(p.ids[-_BEFORE_BYTES:]) + p.typed, self.vocab.decode(p.suffix)) if places else (b"", b"")
         return self._native.submit(ids, outbox, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                                    min_p=min_p, seed=seed, logit_bias=bias + [(id, -math.inf) for id in bans], repetition_penalty=repetition_penalty,
                                    presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, bad_words=words,
-                                   stop=_as_bytes("stop", stop), include_stop=include_stop, eos_ids=eos, min_tokens=min_tokens,
+                                   stop=stops, include_stop=include_stop, eos_ids=eos, min_tokens=min_tokens,
                                    stream=stream, logprobs=logprobs, top_logprobs=top_logprobs, cache_salt=_key_bytes("cache_salt", cache_salt),
                                    beam_width=beam_width, beam_count=beam_count, length_penalty=length_penalty, beam_diversity_rate=beam_diversity_rate,
                                    early_stopping=early_stopping, stop_at=places, max_time_ms=max_time_ms, prefix_bytes=p.typed, prefix_ids=p.typed_ids,
@@ -328,12 +330,28 @@ def _result(c: Chunk) -> Result:
                   c.queue_s, c.prefill_s, c.decode_s)
 
 
-def _as_bytes(name: str, words: Sequence[str | bytes] | str | bytes) -> list[bytes]:
-    words = (words,) if isinstance(words, (str, bytes)) else words
-    for i, word in enumerate(words):
+def _words(vocab: Vocab, name: str, words: Sequence[Word] | Word) -> tuple[list[bytes], list[int]]:
+    """(The bytes of the words, the special tokens that they name.)"""
+    found: list[bytes] = []
+    special: list[int] = []
+    for i, word in enumerate((words,) if isinstance(words, (str, bytes)) else words):
         if isinstance(word, str) and any("\ud800" <= c <= "\udfff" for c in word):
             raise ValueError(f"{name}[{i}] has a lone surrogate")
-    return [word.encode() if isinstance(word, str) else bytes(word) for word in words]
+        if isinstance(word, (str, bytes)):
+            found.append(word.encode() if isinstance(word, str) else word)
+            id = vocab.special_id(found[-1].decode("utf-8", "replace"))
+            special += [] if id is None else [id]
+            continue
+        if not isinstance(word, (Sequence, np.ndarray)):
+            raise ValueError(f"{name}[{i}] is {word!r}; expected text or the token ids of one")
+        texts = [vocab.decode([int(id)]) for id in word]
+        if len(texts) == 1 and not texts[0]:
+            special.append(int(word[0]))
+        elif texts and all(texts):
+            found.append(b"".join(texts))
+        else:
+            raise ValueError(f"{name}[{i}] is {list(word)}; expected one token, or tokens that are text")
+    return found, special
 
 
 def _key_bytes(name: str, key: str | bytes) -> bytes:

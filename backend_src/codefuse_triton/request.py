@@ -13,7 +13,7 @@ from typing import Any, Mapping, Sequence
 import numpy as np
 
 from . import contract
-from .contract import MAX_STOP_BYTES, MAX_STOP_WORDS, OPTION_BY_JSON, OPTION_BY_NAME, Option
+from .contract import MAX_BAD_WORDS, MAX_STOP_BYTES, OPTION_BY_JSON, OPTION_BY_NAME, Option
 from .prompt import Prompt
 
 # request parameters that Triton or a proxy adds
@@ -114,8 +114,8 @@ def convert(option: Option, value: Any, where: str) -> Any:
             if value not in option.choices:
                 raise ValueError(f"{where} is {_shown(value)}; it must be one of {', '.join(c for c in option.choices if c)}")
     if option.name in ("stop_words", "bad_words"):
-        if len(result) > MAX_STOP_WORDS:
-            raise ValueError(f"{where} has {len(result)} strings; at most {MAX_STOP_WORDS} are accepted")
+        if option.name == "bad_words" and len(result) > MAX_BAD_WORDS:
+            raise ValueError(f"{where} has {len(result)} strings; at most {MAX_BAD_WORDS} are accepted")
         for word in result:
             if len(word.encode()) > MAX_STOP_BYTES:
                 raise ValueError(f"{where} has a string of {len(word.encode())} bytes; at most {MAX_STOP_BYTES} are accepted")

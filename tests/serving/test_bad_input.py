@@ -44,7 +44,8 @@ REFUSED = [  # fields of a generate request, what the message says
     (dict(text_input="a", max_time_ms=-1), ["max_time_ms is -1"]),
     (dict(text_input="a", prefix_bytes="x"), ["prefix_bytes is a tensor"]),
     (dict(text_input="a", stop_words=["x" * 2000]), ["stop_words", "2000 bytes", "1024"]),
-    (dict(text_input="a", stop_words=["x"] * 99), ["stop_words has 99", "64"]),
+    (dict(text_input="a", stop_words=["x" * 1000] * 70), ["stop has 70000 bytes", "65536"]),
+    (dict(text_input="a", bad_words=["x"] * 99), ["bad_words has 99", "64"]),
     (dict(text_input="a", stop_uid=1), ["'stop_uid'"]),
 ]
 
