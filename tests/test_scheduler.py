@@ -337,7 +337,7 @@ def test_random_workload(shape, depth, prefix_cache):
         stats = engine.stats()
     assert (stats["cached_tokens"] > 0) == (stats["cached_pages"] > 0) == (prefix_cache == "on")
     assert stats["free_pages"] == options["pages"] and sum(stats["finished"].values()) == total and stats["error"] == ""
-    assert refused > 0 or shape in ("roomy", "many slots")  # whether 68 ever are alive is a matter of time
+    assert refused > 0 or shape == "roomy"
     if shape in ("few pages", "one sequence fits", "many slots"):
         assert stats["preemptions"] > 0
     assert depth == 2 or stats["wasted_rows"] == 0
