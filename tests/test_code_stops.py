@@ -217,3 +217,28 @@ def test_nothing_is_held_without_need():
     assert pieces([b"  a", b"\n", b"\n", b"  ", b"b", b"\n", b"c"], "block", "f:\n") == [b"  a", b"\n\n  b", b""]
     assert pieces([b"a", b" ", b"b"], "block", "    x") == [b"a", b" ", b"b", b""]
     assert pieces([b"a", b"b"], "repetition") == [b"a", b"b", b""]
+
+
+def test_random_code_with_several_stops():
+    """What is found first ends the text, a stop string before places at the same byte; each cuts as it does alone."""
+    rng, ended = random.Random(4), 0
+    for _ in range(150):
+        code = random_code(rng)
+        at = rng.randint(0, len(code))
+        before, text = code[:at], code[at:]
+        stops = [s.encode() for s in rng.sample(["= ", "()", "\n\n", "])", "s = '", "retur"], 2)]
+        include = rng.random() < 0.3
+
+        def alone(text, flags, stops):
+            pieces, matched, _ = _native.testing.cut_text([bytes([b]) for b in text.encode()], stops, include, stop_at=flags, before=before.encode())
+            return b"".join(p[1] for p in pieces).decode(), matched.decode()
+
+        first = []  # (bytes until it is found, what it makes of the text)
+        for flags, strings in [(0, stops)] + [(NAMES[name], []) for name in ("line", "block", "bracket")]:
+            size = next((n for n in range(len(text) + 1) if alone(text[:n], flags, strings)[1]), None)
+            if size is not None:
+                first.append((size, alone(text, flags, strings)))
+        together = alone(text, NAMES["line"] | NAMES["block"] | NAMES["bracket"], stops)
+        assert together == (min(first, key=lambda f: f[0])[1] if first else (text, "")), (before, text, stops)
+        ended += bool(first)
+    assert ended > 100
