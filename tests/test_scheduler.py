@@ -279,7 +279,7 @@ SHAPES = {
     "roomy": dict(slots=8, prefill_tokens=64, max_len=256, pages=64, queue=32),
     "few pages": dict(slots=8, prefill_tokens=16, max_len=128, pages=6, queue=16),
     "one sequence fits": dict(slots=4, prefill_tokens=7, max_len=128, pages=4, queue=8),
-    "many slots": dict(slots=64, prefill_tokens=40, max_len=160, pages=20, queue=4, step_us=500),  # slow enough to fill the queue
+    "many slots": dict(slots=64, prefill_tokens=40, max_len=160, pages=8, queue=4, step_us=200),  # slow enough to fill the queue
     "one slot": dict(slots=1, prefill_tokens=1, max_len=64, pages=2, queue=2),
 }
 
