@@ -73,7 +73,7 @@ def guessed(seed):
     rng = random.Random(seed)
     with engine(rows_alike=True) as e:
         typed = bytes(rng.choices(b"abcd", k=rng.randint(1, 6)))
-        plain = Prompt(rng.choices(range(1, 60), k=rng.randint(1, 30)), typed)
+        plain = Prompt(rng.choices(range(1, 60), k=rng.randint(1, 60)), typed)
         options = dict(max_tokens=rng.randint(1, 20), seed=seed, ignore_eos=seed % 3 > 0, min_tokens=seed % 2, logprobs=True)
         want = e.generate(plain, include_typed=True, **options)
     early = [int(t) for t, end in zip(want.token_ids, np.cumsum([len(TABLE[t]) for t in want.token_ids])) if end <= len(typed)]
