@@ -26,7 +26,7 @@ ON = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[
 
 def load(directory, device="cpu", pages=20, dtype="float32", **options) -> Engine:
     token_bytes = [bytes([33 + i % 90]) for i in range(131)]
-    native = _native.Engine(str(directory), token_bytes, device=device, dtype=dtype, kv_bytes=pages * PAGE_BYTES, threads=2, **options)
+    native = _native.Engine(str(directory), token_bytes, device=device, dtype=dtype, kv_bytes=pages * PAGE_BYTES // (1 if dtype == "float32" else 2), threads=2, **options)
     return Engine._of(native, Vocab.none(str(directory)))
 
 
@@ -124,8 +124,8 @@ EDITED = {
     "one after the other": dict(slots=2, pages=60),
     "two steps in flight": dict(slots=2, pages=60, depth=2),
     "chunks of 7": dict(slots=3, pages=60, prefill_tokens=7),
-    "preempted": dict(slots=8, pages=6, prefill_tokens=17),
-    "preempted, two steps in flight": dict(slots=8, pages=6, depth=2),
+    "preempted": dict(slots=8, pages=8, prefill_tokens=17),
+    "preempted, two steps in flight": dict(slots=8, pages=8, depth=2),
 }
 
 
