@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 TOOLS = ROOT / "tools"
 sys.path.insert(0, str(TOOLS))
 import bench_engine  # noqa: E402
+import bench_keystrokes  # noqa: E402
 import convert  # noqa: E402
 
 CUDA = any(name.startswith("cuda") for name in devices()[0])
@@ -216,3 +217,34 @@ def test_readme_commands_parse():
         usage = subprocess.run([sys.executable, str(ROOT / tool), "--help"], capture_output=True, text=True).stdout
         for flag in re.findall(r"--[\w-]+", arguments):
             assert flag in usage, f"{tool} {flag}"
+
+
+def test_keystrokes_are_a_replay():
+    """The same keys for every variant: prompts that grow by one character, typists with times of their own, survivors before a pause."""
+    text = "".join(chr(97 + i % 26) for i in range(4000))
+    keys = bench_keystrokes.make_keys([text], 20, 30, 0.6, 500, 300, 1)
+    assert keys == bench_keystrokes.make_keys([text], 20, 30, 0.6, 500, 300, 1) != bench_keystrokes.make_keys([text], 20, 30, 0.6, 500, 300, 2)
+    assert [k.at_s for k in keys] == sorted(k.at_s for k in keys)
+    gaps = []
+    for typist in range(20):
+        mine = [k for k in keys if k.typist == typist]
+        for a, b in zip(mine, mine[1:]):
+            assert b.prompt[:-1] == a.prompt and (b.at_s - a.at_s >= 0.5) == a.survives
+            gaps.append(b.at_s - a.at_s)
+        assert mine[-1].survives and len(mine[0].prompt) == 301
+    assert 0.15 < sum(gaps) / len(gaps) < 0.35
+
+
+def test_bench_keystrokes(tmp_path, capsys, monkeypatch):
+    heldout = tmp_path / "texts.jsonl"
+    heldout.write_text(json.dumps({"key": "k", "text": "def f(x):\n    return x\n" * 150}) + "\n")
+    monkeypatch.setattr(bench_keystrokes, "HELD_OUT", heldout)
+    weights = tmp_path / "w"
+    convert.convert(TOOLS / "demo" / "checkpoint", weights, progress=contextlib.nullcontext(lambda n: None))
+    assert bench_keystrokes.main([str(weights), "--typists", "2", "--seconds", "1.5", "--context", "100", "--max-tokens", "8", "--pause", "200", "--device", "cpu",
+                                  "--threads", "2", "--json", str(tmp_path / "out.json")]) == 0
+    r = json.loads((tmp_path / "out.json").read_text())
+    assert list(r) == ["neither", "cache", "sessions", "both"] and all(v["unanswered"] == v["refused"] == 0 for v in r.values())
+    assert r["neither"]["hit_rate"] == r["sessions"]["hit_rate"] == 0 < r["cache"]["hit_rate"]
+    assert r["both"]["computed_tokens"] < r["neither"]["computed_tokens"] and 0 < r["both"]["wasted"] < 1
+    assert capsys.readouterr().out.count("\n| ") == 4
