@@ -159,6 +159,9 @@ def test_what_cannot_be_spelled_is_refused():
             e.generate(PROMPT, prefix_bytes=b"a" * 2000)
         with pytest.raises(ValueError, match="prefix_ids are 2 tokens of other bytes than prefix_bytes"):
             e.generate(Prompt(PROMPT, b"ab", [1, 1]))
+        for ids in ([-5, 1], [10**6, 1], [0, 1]):  # the last one stands for nothing
+            with pytest.raises(ValueError, match=rf"prefix_ids\[0\] is {ids[0]}; expected a token"):
+                e.generate(Prompt(PROMPT, b"ab", ids))
         with pytest.raises(ValueError, match="prefix_bytes is 2 bytes; with beam_width above 1 expected none"):
             e.generate(PROMPT, prefix_bytes=b"ab", beam_width=2)
         with pytest.raises(ValueError, match="prefix_bytes is given beside a prompt that is text"):

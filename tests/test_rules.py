@@ -220,6 +220,22 @@ def test_where_only_bad_words_are_left_they_are_let_through():
         assert engine.generate([1], max_tokens=5, bad_words=["a"], ignore_eos=True).text == "aaaaa"
 
 
+def test_biases_add_up_to_numbers():
+    with fake_engine() as engine:
+        for penalty in (-3e38, 3e38):
+            r = engine.generate([5], max_tokens=8, logit_bias={t: -penalty for t in range(1, 64)}, presence_penalty=penalty, frequency_penalty=penalty,
+                                ignore_eos=True)
+            assert len(r.token_ids) == 8 and engine.stats()["error"] == ""
+
+
+def test_long_lists_of_bad_words_are_refused():
+    with fake_engine() as engine:
+        with pytest.raises(ValueError, match="bad_words has 1025 strings; expected at most 1024"):
+            engine.generate([5], bad_words=["ab"] * 1025)
+        with pytest.raises(ValueError, match=r"bad_words\[1\] has 1025 bytes; expected at most 1024"):
+            engine.generate([5], bad_words=["ab", "a" * 1025])
+
+
 def test_a_special_token_may_be_a_bad_word(native):
     e = _native.Engine(str(native), table(), device="cpu", dtype="float32", kv_bytes=40 * PAGE_BYTES, threads=2)
     vocab = Vocab(lambda text: [], table(), [1], ids_by_special={"<|end|>": 1})

@@ -317,6 +317,7 @@ void run(const Stream& s, void* out, const void* qkv, const KvLayer& kv, const S
     const int share = std::max(1, std::min(scratch.splits, waves * s.sms / heads));
     launch(s, kernel, dim3(a.kv_heads, count, share), threads, 0, static_cast<T*>(out), static_cast<const T*>(qkv), static_cast<T*>(kv.k),
            static_cast<T*>(kv.v), args);
+    args.ready = {};  // the next launch has the scratch of this one, and so waits for its end
   }
 }
 

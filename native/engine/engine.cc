@@ -66,6 +66,10 @@ int64_t Engine::submit(Request request) {
   }
   auto live = std::make_unique<Live>(0, std::move(request), &token_bytes_);
   std::lock_guard<std::mutex> lock(mutex_);
+  if (live->request.beside < 0 || live->request.beside >= next_uid_) {
+    ++stats_.refused;
+    throw ValueError(cat("beside is ", live->request.beside, "; expected 0 or the uid of an earlier request"));
+  }
   const size_t most = size_t(scheduler_.limits().slots + options_.queue), texts = size_t(live->request.beams.count);
   const size_t others = alive_.size() - sessions_.stale() - sessions_.before(live->session, live->request.beside);
   if (!error_.empty() || closing_ || others + texts > most) {
@@ -185,8 +189,17 @@ bool Engine::take_commands() {
     live_.emplace(live->uid, std::move(live));
   }
   for (int64_t uid : cancels) end(uid, Finish::cancelled);
+  if (deadlines_.size() > 2 * live_.size() + 1024) forget_deadlines();
   end_late();
   return true;
+}
+
+// Of requests that have ended.
+void Engine::forget_deadlines() {
+  decltype(deadlines_) left;
+  for (; !deadlines_.empty(); deadlines_.pop())
+    if (live_.count(deadlines_.top().second.first)) left.push(deadlines_.top());
+  deadlines_.swap(left);
 }
 
 void Engine::end_late() {
@@ -250,7 +263,9 @@ void Engine::collect() {
       take_beam(step.sampled[i], sampled.top_token.data() + i * kTopTokens, sampled.top_logprob.data() + i * kTopTokens);
       continue;
     }
-    Live& live = *live_.at(step.sampled[i]);
+    const auto it = live_.find(step.sampled[i]);
+    if (it == live_.end()) continue;  // ended by an earlier sample of this step
+    Live& live = *it->second;
     if (live.text.pushed() == 0) live.first = now;
     TopTokens top;
     if (const int k = live.request.sample.top_tokens; k > 0) {

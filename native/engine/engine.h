@@ -134,6 +134,7 @@ class Engine {
   void serve();
   void copy_stats();     // the scheduler's; mutex_ is held
   bool take_commands();  // false: the thread is to end
+  void forget_deadlines();
   void end_late();       // what has run for longer than it may, or has no token in time
   bool launch();         // false: nothing to run now
   void collect();

@@ -33,7 +33,7 @@ void LogitChanges::append_to(Batch* b) {
   const size_t first = b->edits.size();
   for (const LogitEdit& e : edits_) {
     if (b->edits.size() > first && b->edits.back().token == e.token) {
-      b->edits.back().add += e.add;
+      b->edits.back().add = add_bias(b->edits.back().add, e.add);
       b->edits.back().penalty *= e.penalty;
     } else {
       b->edits.push_back(e);

@@ -1,13 +1,22 @@
 // What a request changes about the logits of its tokens. Rules say it per sequence, on the engine's thread, without a device;
 // the scheduler puts it into the batch.
 #pragma once
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <vector>
 
 #include "ops/batch.h"
 
 namespace codefuse {
+
+// The sum of two biases, finite or -inf: -inf, a ban, outweighs everything.
+inline float add_bias(float a, float b) {
+  constexpr float most = std::numeric_limits<float>::max();
+  if (a == -std::numeric_limits<float>::infinity() || b == -std::numeric_limits<float>::infinity()) return -std::numeric_limits<float>::infinity();
+  return std::clamp(a + b, -most, most);
+}
 
 // The changes for one token, gathered from all rules of a sequence.
 class LogitChanges {

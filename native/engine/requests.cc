@@ -11,6 +11,7 @@ namespace {
 constexpr int kTopLogprobs = 20;
 constexpr size_t kListedTokens = kRuleEdits / 4;  // of logit_bias and of eos_ids
 constexpr size_t kMaxPrefix = 1024;
+constexpr size_t kBadWords = 1024, kBadWordBytes = 1024;  // so that looking for them at every token takes no time
 
 void check_words(const char* field, const std::vector<std::string>& words) {
   size_t bytes = 0;
@@ -32,8 +33,12 @@ void Engine::validate(const Request& r) const {
   for (size_t i = 0; i < r.prompt.size(); ++i)
     if (r.prompt[i] < 0 || r.prompt[i] >= vocab) throw ValueError(cat("prompt[", i, "] is token ", r.prompt[i], "; expected 0..", vocab - 1));
   std::string spelled;
-  for (int32_t id : r.prefix_ids)
-    if (id >= 0 && size_t(id) < token_bytes_.size()) spelled += token_bytes_[size_t(id)];
+  for (size_t i = 0; i < r.prefix_ids.size(); ++i) {
+    const int32_t id = r.prefix_ids[i];
+    if (id < 0 || id >= vocab || size_t(id) >= token_bytes_.size() || token_bytes_[size_t(id)].empty())
+      throw ValueError(cat("prefix_ids[", i, "] is ", id, "; expected a token of 0..", vocab - 1, " that stands for bytes"));
+    spelled += token_bytes_[size_t(id)];
+  }
   if (!r.prefix_ids.empty() && spelled != r.prefix)
     throw ValueError(cat("prefix_ids are ", r.prefix_ids.size(), " tokens of other bytes than prefix_bytes; expected its tokens, or none"));
   if (r.prefix.size() > kMaxPrefix) throw ValueError(cat("prefix_bytes has ", r.prefix.size(), " bytes; expected at most ", kMaxPrefix));
@@ -65,6 +70,10 @@ void Engine::validate(const Request& r) const {
     if (!(value < INFINITY)) throw ValueError(cat("logit_bias of token ", token, " is ", value, "; expected a finite number, or -inf to ban it"));
   }
   check_words("bad_words", r.bad_words);
+  if (r.bad_words.size() > kBadWords) throw ValueError(cat("bad_words has ", r.bad_words.size(), " strings; expected at most ", kBadWords));
+  for (size_t i = 0; i < r.bad_words.size(); ++i)
+    if (r.bad_words[i].size() > kBadWordBytes)
+      throw ValueError(cat("bad_words[", i, "] has ", r.bad_words[i].size(), " bytes; expected at most ", kBadWordBytes));
   check_words("stop", r.stop);
   if (r.eos_ids.size() > kListedTokens) throw ValueError(cat("eos_ids has ", r.eos_ids.size(), " tokens; expected at most ", kListedTokens));
   for (size_t i = 0; i < r.eos_ids.size(); ++i)

@@ -17,7 +17,10 @@ TokenRules::TokenRules(const LogitBias& bias, const Penalties& penalties, const 
       entries_.back().prompt = true;
     }
   }
-  for (auto [token, value] : bias) entry(token).bias += value;
+  for (auto [token, value] : bias) {
+    float& sum = entry(token).bias;
+    sum = add_bias(sum, value);
+  }
   if (min_tokens > 0)
     for (int32_t t : end_ids) entry(t).end = true;
   if (penalties.any())
@@ -44,7 +47,10 @@ void TokenRules::prepare(const std::vector<int32_t>& generated, int index, Logit
     for (; counted_ < generated.size(); ++counted_) count(generated[counted_]);
   for (const Entry& e : entries_) {
     float add = e.bias;
-    if (e.count > 0) add -= penalties_.presence + penalties_.frequency * float(e.count);
+    if (e.count > 0) {
+      constexpr float most = std::numeric_limits<float>::max();
+      add = add_bias(add, std::clamp(-penalties_.presence - penalties_.frequency * float(e.count), -most, most));
+    }
     if (e.end && index < min_tokens_) add = -std::numeric_limits<float>::infinity();
     const float penalty = e.prompt || e.count > 0 ? penalties_.repetition : 1.f;
     if (add != 0.f || penalty != 1.f) changes->edit(e.token, add, penalty);
