@@ -271,7 +271,7 @@ def test_same_tokens_alone_in_a_batch_and_preempted(native, device, depth):
     requests = [(prompt_of(i, rng.randint(1, 60)), options_of(rng)) for i in range(24)]
     with load(native, depth=depth, slots=8, device=device) as engine:
         alone = [engine.generate(p, max_tokens=50, eos_ids=[2, 40, 41], logprobs=True, **o) for p, o in requests]
-    for pages in (40, 6):
+    for pages in (40, *[6] * 8):
         with load(native, pages=pages, depth=depth, slots=8, device=device) as engine:
             box = Outbox()
             uids = [engine.submit(p, outbox=box, max_tokens=50, eos_ids=[2, 40, 41], logprobs=True, stream=False, **o) for p, o in requests]
@@ -282,7 +282,10 @@ def test_same_tokens_alone_in_a_batch_and_preempted(native, device, depth):
                 c = chunks[uid]
                 assert c.token_ids.tolist() == want.token_ids.tolist() and c.logprobs.tolist() == want.logprobs.tolist()
                 assert c.finish_reason == want.finish_reason
-            assert pages == 40 or engine.stats()["preemptions"] > 0
+            preempted = engine.stats()["preemptions"] > 0  # seldom not: some requests may have ended before the others came
+        if pages == 6 and preempted:
+            break
+    assert pages == 6 and preempted
 
 
 @pytest.mark.parametrize("options, said", [

@@ -190,6 +190,17 @@ def test_cancelling_one_answer_cancels_all(make: Any, of: int) -> None:
     assert engine.cancelled == [uid, uid + 1, uid + 2] and not other.ended.is_set()
 
 
+def test_a_client_that_goes_after_one_answer_is_seen(make: Any) -> None:
+    engine, service = make()
+    reply = FakeReply()
+    uid = service.submit(request(num_return_sequences=3, temperature=1), reply)
+    engine.outbox.put(uid, "first", "eos")
+    while not reply.sent:
+        time.sleep(0.01)
+    reply.gone = True
+    assert reply.ended.wait(3) and sorted(set(engine.cancelled) - {uid}) == [uid + 1, uid + 2]
+
+
 def test_the_best_of_many(make: Any) -> None:
     engine, service = make()
     reply = FakeReply()

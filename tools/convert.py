@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         p.error("--format is for --random; tools/quantize.py quantizes a checkpoint")
     try:
         if a.random:
-            write_random(a.random, a.target, a.format or a.dtype, a.seed, a.write)
+            write_random(a.random, a.target, a.dtype if a.format in (None, "auto") else a.format, a.seed, a.write)
         else:
             convert(a.source, a.target, a.dtype, set(a.ignore_field), not a.no_tokenizer)
     except (CheckpointError, OSError) as e:

@@ -47,7 +47,7 @@ def _stage(repository: Path, name: str) -> Iterator[Path]:
     start = f".{repository.name}-deploy-{name}-"
     for stale in place.glob(f"{start}*"):
         pid = stale.name.removeprefix(start)
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+        if pid.isdigit() and (int(pid) == os.getpid() or not Path(f"/proc/{pid}").exists()):
             _undo(stale, repository, name)
     stage = place / f"{start}{os.getpid()}"
     stage.mkdir()

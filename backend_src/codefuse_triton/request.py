@@ -59,7 +59,7 @@ def _number(option: Option, value: Any, where: str) -> int | float:
         number = int(value) if integer and not isinstance(value, float) else float(value)
     except (ValueError, OverflowError):
         raise ValueError(f"{where} is {_shown(value)}; expected {kind}") from None
-    if not math.isfinite(number):
+    if isinstance(number, float) and not math.isfinite(number):
         raise ValueError(f"{where} is {_shown(value)}; expected a finite number")
     if integer and number != int(number):
         raise ValueError(f"{where} is {_shown(value)}; expected an integer")

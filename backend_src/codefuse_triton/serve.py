@@ -181,10 +181,9 @@ class Service:
 
     def _look(self, now: float) -> None:
         with self._lock:
-            live = [entry for entry in dict.fromkeys(self._live.values()) if not entry.cancelled]
+            live = {entry: uid for uid, entry in self._live.items() if not entry.cancelled}  # with an answer that has not ended
         beat_s = max(HEARTBEAT_S, sum(entry.heartbeat for entry in live) / HEARTBEATS_PER_S)
-        for entry in live:
-            uid = next(iter(entry.sequences))
+        for entry, uid in live.items():
             if entry.reply.is_cancelled():
                 self.cancel(uid)
             elif entry.heartbeat and now - entry.last_send >= beat_s:
