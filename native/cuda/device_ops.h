@@ -1,4 +1,4 @@
-// The Ops of one GPU: memory and weights in memory.cu, steps and dispatch to the kernels in ops.cu.
+// The Ops of one GPU: memory and weights in memory.cu, what a step needs in plan.cu, steps in step.cu, dispatch to the kernels in ops.cu.
 #pragma once
 #include <array>
 #include <map>
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cuda/kernels.h"
+#include "cuda/turns.h"
 #include "cuda/upload.h"
 #include "ops/ops.h"
 
@@ -64,19 +65,27 @@ class CudaOps final : public Ops {
   void use() const;  // makes this thread's calls go to this device
   template <class T> T* alloc_array(size_t n) { return static_cast<T*>(alloc(n * sizeof(T))); }
 
-  // ---- ops.cu
+  // ---- step.cu
   void fill_meta(const Batch& batch, int padded_rows, int ticket);
   void fill_edits(const Batch& batch, int padded_samples, int ticket);
   void run_recorded(int rows, const std::function<void()>& body);
+
+  // ---- ops.cu
   const void* padded(const void* x, int K, int rows);
   void linear_rows(const void* x, const Linear& w, const Epilogue& e, int first, int decode, int rows);
   const void* expanded(const Matrix& m);
   bool streams(const void* x, const Linear& w) const;
   AttentionShape shape(const ModelConfig& c, int heads, int kv_heads) const;
+  void prefill_attention(void* out, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads);
+
+  static constexpr int kReadyStride = 32;  // int32 from one counter to the next: a cache line each
+  static constexpr size_t kTopBytes = size_t(kDecodeRows) * kTopTokens * 4;
+  static constexpr size_t kResultBytes = kDecodeRows * 8 + 2 * kTopBytes;
 
   int index_;
   DType act_;
   Stream s_;
+  const std::shared_ptr<Turns> turns_;
   std::vector<void*> owned_;
   const int copy_threads_;
   std::unique_ptr<Uploader> uploader_;  // while matrices are being loaded
@@ -103,7 +112,6 @@ class CudaOps final : public Ops {
   int ready_calls_ = 0;             // of this step
   PrefillScratch prefill_;
   AttentionScratch attention_;
-  void prefill_attention(void* out, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads);
   bool own_sequences_ = false;  // no decode row's sequence has another row in the step
   SampleScratch sampling_;
   void* padded_ = nullptr;  // x with K rounded up

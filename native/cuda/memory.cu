@@ -19,7 +19,7 @@ __global__ void probe() {}
 }  // namespace
 
 CudaOps::CudaOps(int index, DType act, int threads)
-    : index_(index), act_(act), copy_threads_(std::clamp((threads > 0 ? threads : int(std::thread::hardware_concurrency())) * 5 / 8, 1, 12)) {
+    : index_(index), act_(act), turns_(Turns::of(index)), copy_threads_(std::clamp((threads > 0 ? threads : int(std::thread::hardware_concurrency())) * 5 / 8, 1, 12)) {
   use();
   cudaFuncAttributes code;
   check(cudaFuncGetAttributes(&code, probe), "this build has no code for this GPU (CODEFUSE_CUDA_ARCHS)");
@@ -39,6 +39,7 @@ CudaOps::~CudaOps() {
   cudaSetDevice(index_);
   uploader_.reset();
   if (s_.stream) cudaStreamSynchronize(s_.stream);
+  turns_->leave(s_.stream);
   for (auto& r : recordings_)
     if (r.second.graph) cudaGraphExecDestroy(r.second.graph);
   for (int i = 0; i < 2; ++i) {

@@ -1,0 +1,157 @@
+// Steps: the batch goes up in one copy, the ops become kernels, results come down behind an event. A step of decode rows alone
+// that samples every row is recorded as a CUDA graph for a number of rows (padded) and replayed.
+#include <algorithm>
+#include <cstring>
+
+#include "cuda/device_ops.h"
+
+namespace codefuse::cuda {
+
+namespace {
+
+int bucket_of(int rows) {
+  for (int b : {1, 2, 4})
+    if (rows <= b) return b;
+  return (rows + 7) / 8 * 8;
+}
+
+}  // namespace
+
+// Writes the batch to the staging buffer, rows padded, and sends it.
+void CudaOps::fill_meta(const Batch& b, int padded, int ticket) {
+  check(cudaEventSynchronize(uploaded_[ticket]), "uploading the batch");
+  char* const base = staging_[ticket];
+  auto host = [&](const void* device) { return base + (static_cast<const char*>(device) - meta_device_); };
+  auto* token = reinterpret_cast<int32_t*>(host(meta_.token));
+  auto* slot = reinterpret_cast<int32_t*>(host(meta_.slot));
+  auto* position = reinterpret_cast<int32_t*>(host(meta_.position));
+  auto* sequence = reinterpret_cast<int32_t*>(host(meta_.sequence));
+  auto* settled = reinterpret_cast<int32_t*>(host(meta_.settled));
+  auto* logit_row = reinterpret_cast<int32_t*>(host(meta_.logit_row));
+  auto* sample = reinterpret_cast<SampleParams*>(host(meta_.sample));
+  std::vector<int> table_of(size_t(limits_.slots), 0);
+  for (size_t i = 0; i < b.table_slot.size(); ++i) table_of[size_t(b.table_slot[i])] = int(i);
+  std::vector<int> stored(size_t(limits_.slots), INT32_MAX);  // the first token of each sequence that this step stores
+  for (int t = 0; t < b.rows(); ++t) stored[size_t(b.slot[t])] = std::min(stored[size_t(b.slot[t])], b.position[t]);
+  for (int t = 0; t < b.rows(); ++t) settled[t] = stored[size_t(b.slot[t])];
+  if (!b.copies.empty())  // what is copied lies in the page of the first token stored
+    for (int t = 0; t < b.rows(); ++t) settled[t] -= settled[t] % kPageTokens;
+  std::copy(b.copies.begin(), b.copies.end(), reinterpret_cast<PageCopy*>(host(meta_.copies)));
+  for (int t = 0; t < b.rows(); ++t) token[t] = b.token[t], slot[t] = b.slot[t], position[t] = b.position[t], sequence[t] = table_of[b.slot[t]];
+  for (int t = b.rows(); t < padded; ++t) token[t] = 0, slot[t] = -1, position[t] = 0, sequence[t] = 0, settled[t] = 0;
+  for (int i = 0; i < b.samples(); ++i) logit_row[i] = b.logit_row[i], sample[i] = b.sample[i];
+  if (padded > b.rows())
+    for (int i = b.samples(); i < padded; ++i) logit_row[i] = i, sample[i] = SampleParams{};
+  std::memcpy(host(meta_.table), b.table.data(), b.table.size() * 4);
+  size_t bytes = table_at_ + b.table.size() * 4;
+  tiles_ = 0;
+  auto* tiles = reinterpret_cast<int4*>(host(meta_.tiles));
+  for (const Chunk& c : b.chunks)
+    for (int i = 0; i < c.count; i += kTileRows)
+      tiles[tiles_++] = make_int4(c.row + i, std::min(kTileRows, c.count - i), c.position + i, table_of[size_t(c.slot)]);
+  if (tiles_) bytes = tiles_at_ + size_t(tiles_) * sizeof(int4);
+  check(cudaMemcpyAsync(meta_device_, base, bytes, cudaMemcpyHostToDevice, s_.stream), "uploading the batch");
+  if (passes_.edited) fill_edits(b, std::max(b.samples(), padded > b.rows() ? padded : 0), ticket);
+  check(cudaEventRecord(uploaded_[ticket], s_.stream), "uploading the batch");
+}
+
+// Likewise the edits and masks; samples that only pad a recorded step have none.
+void CudaOps::fill_edits(const Batch& b, int padded, int ticket) {
+  char* const base = edits_staging_[ticket];
+  auto send = [&](const void* device, size_t bytes) {
+    const size_t at = size_t(static_cast<const char*>(device) - edits_device_);
+    check(cudaMemcpyAsync(edits_device_ + at, base + at, bytes, cudaMemcpyHostToDevice, s_.stream), "uploading edits");
+  };
+  auto host = [&](const void* device) { return base + (static_cast<const char*>(device) - edits_device_); };
+  auto* edit_begin = reinterpret_cast<int32_t*>(host(meta_.edit_begin));
+  auto* mask_of = reinterpret_cast<int32_t*>(host(meta_.mask_of));
+  for (int s = 0; s <= padded; ++s) edit_begin[s] = b.edits.empty() ? 0 : b.edit_begin[size_t(std::min(s, b.samples()))];
+  for (int s = 0; s < padded; ++s) mask_of[s] = b.mask_of.empty() || s >= b.samples() ? -1 : b.mask_of[size_t(s)];
+  std::memcpy(host(meta_.masks), b.masks.data(), b.masks.size() * 4);
+  std::memcpy(host(meta_.edits), b.edits.data(), b.edits.size() * sizeof(LogitEdit));
+  send(edits_device_, size_t(reinterpret_cast<const char*>(meta_.masks) - edits_device_) + b.masks.size() * 4);
+  if (!b.edits.empty()) send(meta_.edits, b.edits.size() * sizeof(LogitEdit));
+}
+
+void CudaOps::step(const Batch& batch, int ticket, const std::function<void()>& body) {
+  check_batch(batch, limits_, config_.vocab);
+  use();
+  rows_ = batch.rows();
+  decode_rows_ = batch.decode_rows;
+  samples_ = batch.samples();
+  copies_ = int(batch.copies.size());
+  passes_ = {};
+  passes_.edited = !batch.edits.empty() || !batch.masks.empty();
+  for (const SampleParams& p : batch.sample) {
+    passes_.kind = std::max(passes_.kind, sampling_of(p));
+    passes_.top = passes_.top || p.top_tokens > 0;
+  }
+  own_sequences_ = true;
+  std::vector<char> seen(size_t(limits_.slots), 0);
+  for (int t = 0; t < rows_; ++t) {
+    char& s = seen[size_t(batch.slot[t])];
+    if (s && (t < decode_rows_ || s == 1)) own_sequences_ = false;
+    s = t < decode_rows_ ? 1 : 2;
+  }
+  bool record = replay_ && copies_ == 0 && own_sequences_ && decode_rows_ == rows_ && samples_ == rows_;
+  for (int i = 0; i < samples_ && record; ++i) record = batch.logit_row[i] == i;
+  const int padded = std::min({bucket_of(rows_), limits_.rows, limits_.slots});
+  record = record && padded >= rows_;
+  fill_meta(batch, record ? padded : rows_, ticket);
+  ready_ = {};
+  ready_calls_ = 0;
+  Turns::Turn turn(*turns_, s_.stream, done_[ticket]);  // the batch is on its way before it
+  if (record) {
+    rows_ = decode_rows_ = samples_ = padded;
+    run_recorded(padded, body);
+  } else {
+    body();
+  }
+  expected_[ticket] = batch.samples();
+  expected_top_[ticket] = passes_.top;
+  if (batch.samples())
+    check(cudaMemcpyAsync(results_[ticket], sampling_.token, passes_.top ? kResultBytes : kDecodeRows * 8, cudaMemcpyDeviceToHost, s_.stream), "results");
+  turn.end();
+}
+
+// The first step of a kind runs as it is, which also loads its kernels; the second is recorded.
+void CudaOps::run_recorded(int rows, const std::function<void()>& body) {
+  Recording& r = recordings_[{rows, passes_}];
+  if (r.seen++ == 0) return body();
+  if (!r.graph) {
+    cudaGraph_t graph = nullptr;
+    check(cudaStreamBeginCapture(s_.stream, cudaStreamCaptureModeThreadLocal), "recording a step");
+    try {
+      body();
+    } catch (...) {
+      cudaStreamEndCapture(s_.stream, &graph);
+      if (graph) cudaGraphDestroy(graph);
+      throw;
+    }
+    check(cudaStreamEndCapture(s_.stream, &graph), "recording a step");
+    const cudaError_t e = cudaGraphInstantiate(&r.graph, graph, 0);
+    cudaGraphDestroy(graph);
+    check(e, "recording a step");
+  }
+  check(cudaGraphLaunch(r.graph, s_.stream), "replaying a step");
+}
+
+Sampled CudaOps::collect(int ticket) {
+  use();
+  check(cudaEventSynchronize(done_[ticket]), "a step failed");
+  Sampled out;
+  const int n = expected_[ticket];
+  const auto* token = reinterpret_cast<const int32_t*>(results_[ticket]);
+  const auto* logprob = reinterpret_cast<const float*>(results_[ticket] + kDecodeRows * 4);
+  out.token.assign(token, token + n);
+  out.logprob.assign(logprob, logprob + n);
+  if (expected_top_[ticket] && n > 0) {
+    const auto* top_token = reinterpret_cast<const int32_t*>(results_[ticket] + kDecodeRows * 8);
+    const auto* top_logprob = reinterpret_cast<const float*>(results_[ticket] + kDecodeRows * 8 + kTopBytes);
+    out.top_token.assign(top_token, top_token + n * kTopTokens);
+    out.top_logprob.assign(top_logprob, top_logprob + n * kTopTokens);
+  }
+  return out;
+}
+
+}  // namespace codefuse::cuda
