@@ -16,9 +16,8 @@
 namespace py = pybind11;
 using namespace codefuse;
 
-void bind_formats(py::module_& m);         // bind_formats.cpp
-void bind_testing(py::module_& m);         // bind_testing.cpp
-void bind_testing_engine(py::module_& m);  // bind_testing_engine.cpp
+void bind_formats(py::module_& m);  // bind_formats.cpp
+void bind_testing(py::module_& m);  // bind_testing.cpp
 
 namespace {
 
@@ -262,5 +261,4 @@ PYBIND11_MODULE(_native, m) {
 
   bind_formats(m);
   bind_testing(m);
-  bind_testing_engine(m);
 }

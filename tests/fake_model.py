@@ -1,5 +1,9 @@
-"""What native/bind_testing_engine.cpp's fake runner must produce, computed from the tokens alone."""
+"""What native/bind_testing_fake.cpp's fake runner must produce, computed from the tokens alone."""
 from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
 
 from codefuse_triton import Engine, Vocab, _native
 
@@ -35,3 +39,17 @@ def letters(vocab=64):
 def fake_engine(**options) -> Engine:
     options.setdefault("token_bytes", letters(options.get("vocab", 64)))
     return Engine._of(_native.testing.fake_engine(**options), Vocab.none("the fake model"))
+
+
+@contextlib.contextmanager
+def held(engine: Engine, requests: int = 0) -> Iterator[None]:
+    """What is submitted in its body runs together: no step begins before its end, and before `requests` have been submitted in it. engine is of
+    fake_engine() or testing.held_engine()."""
+    before = engine.stats()["submitted"]
+    _native.testing.hold(engine._native, True)
+    try:
+        yield
+        while engine.stats()["submitted"] - before < requests:
+            time.sleep(0.001)
+    finally:
+        _native.testing.hold(engine._native, False)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from codefuse_triton import Engine, devices
+from codefuse_triton import Engine, Vocab, devices
 from codefuse_triton._native import testing
 
 torch = pytest.importorskip("torch")
@@ -23,6 +23,7 @@ for directory in (ROOT / "tools", ROOT / "tools" / "demo"):
 import convert  # noqa: E402
 import heldout  # noqa: E402
 import spm  # noqa: E402
+from fake_model import held  # noqa: E402
 from helpers import Pages, make_batch  # noqa: E402
 
 WINDOW = 1024  # of the card's protocol
@@ -86,14 +87,15 @@ def test_greedy_text_alone(weights, expected, on):
 VARIANTS = {
     "together": dict(slots=8),
     "prompts in chunks of 7": dict(slots=4, prefill_tokens=7),
-    "preempted": dict(slots=8, max_len=128, kv_memory_mb=3),  # 6 pages of 32 tokens; the long prompt, the last, does not fit
+    "preempted": dict(slots=8, max_len=128, kv_bytes=3 << 20),  # 6 pages of 32 tokens; the long prompt, the last, does not fit
 }
 
 
 @ON
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_greedy_text_in_company(weights, expected, variant, on):
-    with Engine(weights, **on, **VARIANTS[variant]) as engine:
+    vocab = Vocab.load(weights)
+    with Engine._of(testing.held_engine(str(weights), vocab.token_bytes, **on, **VARIANTS[variant]), vocab) as engine:
         prompts = PROMPTS[:-1] if variant == "preempted" else PROMPTS
         got: list[str] = [""] * len(prompts)
 
@@ -101,8 +103,9 @@ def test_greedy_text_in_company(weights, expected, variant, on):
             got[i] = engine.generate(prompts[i], max_tokens=NEW_TOKENS, token_healing=False).text
 
         threads = [threading.Thread(target=one, args=(i,)) for i in range(len(prompts))]
-        for t in threads:
-            t.start()
+        with held(engine, len(prompts)):
+            for t in threads:
+                t.start()
         for t in threads:
             t.join()
         assert got == expected[:len(prompts)]

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 from codefuse_triton import Engine, LoadError, Vocab, _native
+from fake_model import held
 
 torch = pytest.importorskip("torch")
 from helpers import make_neox  # noqa: E402
@@ -26,7 +27,7 @@ ON = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[
 
 def load(directory, device="cpu", pages=20, dtype="float32", **options) -> Engine:
     token_bytes = [bytes([33 + i % 90]) for i in range(131)]
-    native = _native.Engine(str(directory), token_bytes, device=device, dtype=dtype, kv_bytes=pages * PAGE_BYTES // (1 if dtype == "float32" else 2), threads=2, **options)
+    native = _native.testing.held_engine(str(directory), token_bytes, device=device, dtype=dtype, kv_bytes=pages * PAGE_BYTES // (1 if dtype == "float32" else 2), threads=2, **options)
     return Engine._of(native, Vocab.none(str(directory)))
 
 
@@ -53,8 +54,9 @@ def run_together(engine, requests):
         out[i] = engine.generate(prompt, ignore_eos=True, logprobs=True, **options)
 
     threads = [threading.Thread(target=one, args=(i,)) for i in range(len(requests))]
-    for t in threads:
-        t.start()
+    with held(engine, len(requests)):
+        for t in threads:
+            t.start()
     for t in threads:
         t.join()
     return out

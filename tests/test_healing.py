@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from codefuse_triton import Engine, Outbox, devices
 from codefuse_triton.prompt import Prompt
-from fake_model import fake_engine
+from fake_model import fake_engine, held
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "tools" / "demo" / "checkpoint"
@@ -108,7 +108,8 @@ def test_guesses_in_company():
     for options in (dict(slots=8), dict(slots=8, depth=2, pages=5, max_len=128), dict(slots=50, pages=64, prefill_tokens=64), dict(slots=3, depth=2, rows_alike=False)):
         with engine(**{"rows_alike": True, "queue": 200, **options}) as e:
             box = Outbox()
-            uids = [e.submit(p, outbox=box, include_typed=True, **o) for p, o, _ in many for _ in range(2)]
+            with held(e):
+                uids = [e.submit(p, outbox=box, include_typed=True, **o) for p, o, _ in many for _ in range(2)]
             for uid in uids[5::9]:
                 e.cancel(uid)
             got = {u: [[], None] for u in uids}
@@ -204,7 +205,8 @@ def test_mixed_with_others_in_every_way():
     for options in (dict(depth=1), dict(depth=2), dict(depth=2, pages=5)):
         with engine(slots=8, queue=64, max_len=128, **options) as e:
             box = Outbox()
-            uids = [e.submit(p, outbox=box, **o) for p, o in requests]
+            with held(e):
+                uids = [e.submit(p, outbox=box, **o) for p, o in requests]
             got = {u: [b"", [], None] for u in uids}
             while any(g[2] is None for g in got.values()):
                 for c in box.poll(20):

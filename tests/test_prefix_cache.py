@@ -1,11 +1,12 @@
 """The prefix cache: its tree of pages, what the scheduler takes over from it, and engines whose answers it must not change."""
+import contextlib
 import random
 import threading
 
 import numpy as np
 import pytest
 from codefuse_triton import Outbox, QueueFull, _native
-from fake_model import expected, fake_engine
+from fake_model import expected, fake_engine, held
 from helpers import PAGE, Pages, make_batch
 
 KINDS = pytest.mark.parametrize("reuse", ["same rows", "any rows"])
@@ -305,20 +306,22 @@ def test_random_editing(shape, depth):
     live, got, cached, total, ended = {}, {}, 0, 1500, 0
     submitted = 0
     while ended < total:
-        while submitted < total and rng.random() < 0.8:
-            i = rng.randrange(len(texts))
-            if rng.random() < 0.15:
-                texts[i] = texts[rng.randrange(len(texts))][: rng.randint(1, longest // 2)]
-            texts[i] = (texts[i] + [rng.randrange(64) for _ in range(rng.randint(0, 12))])[: longest - 10]
-            prompt, salt = texts[i], rng.choice(["", "", "salt"])
-            max_tokens = rng.randint(1, min(60, longest - len(prompt)))
-            seed = rng.getrandbits(64)
-            try:
-                uid = engine.submit(prompt, outbox=box, max_tokens=max_tokens, seed=seed, stream=rng.random() < 0.5, cache_salt=salt)
-            except QueueFull:
-                break
-            submitted += 1
-            live[uid], got[uid] = (prompt, max_tokens, seed, i), []
+        filling = ended == 0 or rng.random() < 0.05
+        with held(engine) if filling else contextlib.nullcontext():
+            while submitted < total and (filling or rng.random() < 0.8):
+                i = rng.randrange(len(texts))
+                if rng.random() < 0.15:
+                    texts[i] = texts[rng.randrange(len(texts))][: rng.randint(1, longest // 2)]
+                texts[i] = (texts[i] + [rng.randrange(64) for _ in range(rng.randint(0, 12))])[: longest - 10]
+                prompt, salt = texts[i], rng.choice(["", "", "salt"])
+                max_tokens = rng.randint(1, min(60, longest - len(prompt)))
+                seed = rng.getrandbits(64)
+                try:
+                    uid = engine.submit(prompt, outbox=box, max_tokens=max_tokens, seed=seed, stream=rng.random() < 0.5, cache_salt=salt)
+                except QueueFull:
+                    break
+                submitted += 1
+                live[uid], got[uid] = (prompt, max_tokens, seed, i), []
         if got and rng.random() < 0.3:
             engine.cancel(rng.choice(list(got)))
         for chunk in box.poll(20 if got else 0):

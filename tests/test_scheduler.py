@@ -1,10 +1,11 @@
 """Continuous batching: the scheduler step by step, then random workloads over a fake device that reads its KV pages back."""
+import contextlib
 import random
 import time
 
 import pytest
 from codefuse_triton import Outbox, QueueFull, _native
-from fake_model import expected, fake_engine
+from fake_model import expected, fake_engine, held
 
 PAGE = 32
 
@@ -248,16 +249,16 @@ def test_a_step_is_not_worth_it_when_one_in_eight_waits(others):
 
 @pytest.mark.parametrize("others", [1, 12])
 def test_waiting_sequences_run_at_full_speed_unless_they_are_few(others):
-    """The one that waits ends after as many steps as it has tokens, or after twice as many, beside others that go on."""
-    with fake_engine(slots=16, depth=2, max_len=256, pages=128, queue=32, step_us=300) as engine:
+    """The one that waits ends after as many steps as it has tokens, or is half way there when the others have ended."""
+    with fake_engine(slots=16, depth=2, max_len=256, pages=128, queue=32) as engine:
         box = Outbox()
-        left = {engine.submit([1, i], outbox=box, max_tokens=100 if i == 0 else 200, ignore_eos=True, stream=False,
-                              presence_penalty=1.0 if i == 0 else 0.0) for i in range(others + 1)}
-        first = min(left)
-        while first in left:
+        with held(engine):
+            left = {engine.submit([1, i], outbox=box, max_tokens=100, ignore_eos=True, stream=False, presence_penalty=1.0 if i == 0 else 0.0)
+                    for i in range(others + 1)}
+        while left:
             left -= {c.uid for c in box.poll(10)}
-        steps = 100 if others == 1 else 200
-        assert abs(engine.stats()["steps"] - steps) <= 0.1 * steps
+        steps = 100 if others == 1 else 150
+        assert abs(engine.stats()["steps"] - steps) <= 3
 
 
 def test_only_waiting_sequences_wait_for_results():
@@ -279,7 +280,7 @@ SHAPES = {
     "roomy": dict(slots=8, prefill_tokens=64, max_len=256, pages=64, queue=32),
     "few pages": dict(slots=8, prefill_tokens=16, max_len=128, pages=6, queue=16),
     "one sequence fits": dict(slots=4, prefill_tokens=7, max_len=128, pages=4, queue=8),
-    "many slots": dict(slots=64, prefill_tokens=40, max_len=160, pages=8, queue=4, step_us=200),  # slow enough to fill the queue
+    "many slots": dict(slots=64, prefill_tokens=40, max_len=160, pages=8, queue=4),
     "one slot": dict(slots=1, prefill_tokens=1, max_len=64, pages=2, queue=2),
 }
 
@@ -296,22 +297,24 @@ def test_random_workload(shape, depth, prefix_cache):
     live, got, cancelled, ended, refused = {}, {}, set(), 0, 0
     submitted = 0
     while ended < total:
-        while submitted < total and rng.random() < 0.9:
-            longest = min(options["max_len"], PAGE * options["pages"] + 1)
-            prompt = [rng.randrange(64) for _ in range(rng.randint(1, longest - 1))] if rng.random() < 0.3 else [rng.randrange(64)] * rng.randint(1, 20)
-            max_tokens = rng.randint(1, longest - len(prompt))
-            seed, stream = rng.getrandbits(64), rng.random() < 0.7
-            try:
-                uid = engine.submit(prompt, outbox=box, max_tokens=max_tokens, seed=seed, eos_ids=[0], stream=stream, ignore_eos=rng.random() < 0.3)
-            except QueueFull:
-                refused += 1
-                assert engine.stats()["submitted"] == submitted
-                break
-            submitted += 1
-            live[uid] = (prompt, max_tokens, seed)
-            got[uid] = []
-            stats = engine.stats()
-            assert stats["submitted"] - sum(stats["finished"].values()) <= most
+        filling = ended == 0 or rng.random() < 0.05
+        with held(engine) if filling else contextlib.nullcontext():
+            while submitted < total and (filling or rng.random() < 0.9):
+                longest = min(options["max_len"], PAGE * options["pages"] + 1)
+                prompt = [rng.randrange(64) for _ in range(rng.randint(1, longest - 1))] if rng.random() < 0.3 else [rng.randrange(64)] * rng.randint(1, 20)
+                max_tokens = rng.randint(1, longest - len(prompt))
+                seed, stream = rng.getrandbits(64), rng.random() < 0.7
+                try:
+                    uid = engine.submit(prompt, outbox=box, max_tokens=max_tokens, seed=seed, eos_ids=[0], stream=stream, ignore_eos=rng.random() < 0.3)
+                except QueueFull:
+                    refused += 1
+                    assert engine.stats()["submitted"] == submitted
+                    break
+                submitted += 1
+                live[uid] = (prompt, max_tokens, seed)
+                got[uid] = []
+                stats = engine.stats()
+                assert stats["submitted"] - sum(stats["finished"].values()) <= most
         if got and rng.random() < 0.3:
             uid = rng.choice(list(got))
             if engine.cancel(uid):
@@ -337,7 +340,7 @@ def test_random_workload(shape, depth, prefix_cache):
         stats = engine.stats()
     assert (stats["cached_tokens"] > 0) == (stats["cached_pages"] > 0) == (prefix_cache == "on")
     assert stats["free_pages"] == options["pages"] and sum(stats["finished"].values()) == total and stats["error"] == ""
-    assert refused > 0 or shape == "roomy"
+    assert refused > 0
     if shape in ("few pages", "one sequence fits", "many slots"):
         assert stats["preemptions"] > 0
     assert depth == 2 or stats["wasted_rows"] == 0
