@@ -2,6 +2,7 @@
 import random
 
 import pytest
+import test_vocab
 from codefuse_triton import Vocab, _native
 from codefuse_triton.vocab import MAX_HEALED
 from test_vocab import CODE, TEXTS, byte_level, sentencepiece_model, spaced
@@ -146,9 +147,55 @@ def test_long_texts_are_tokenized_once(vocab, monkeypatch):
     encode = vocab._encode
     monkeypatch.setattr(vocab, "_encode", lambda t: sizes.append(len(t)) or encode(t))
     o = vocab.encode_open(text)
-    assert sizes[0] == len(text) and all(size <= max(128, 2 * vocab._longest) for size in sizes[1:])
+    assert sizes[0] == len(text) and all(size <= max(128, 2 * vocab._longest) + vocab._longest + 1 for size in sizes[1:])
     short = vocab.encode_open(text[-200:])
     assert o.typed == short.typed and (o.typed or vocab.kind == "unigram")
+
+
+RUNS = ["=" * 100 + "\n", "a" * 64 + "\n", " " * 70 + "x\n", "1" * 50 + "\n", "ab" * 24 + "\n"] * 60
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "tiktoken", "llama", "sentencepiece", "unigram", "dummy prefix"])
+def test_long_runs_cost_what_other_texts_do(kind, tmp_path, monkeypatch):
+    """Where a run begins decides how tokens divide it up to its end; counted in characters tokenized, beside one pass over the text."""
+    monkeypatch.setattr(test_vocab, "CODE", CODE + RUNS)
+    KINDS[kind](tmp_path)
+    vocab = Vocab.load(tmp_path)
+    assert vocab._longest >= 16
+    encode, work = vocab._encode, []
+    vocab._encode = lambda t: work.append(len(t)) or encode(t)
+    runs = ["=", "a", " ", "1", "ab", "é", "<|endoftext|>"]
+    for run in [*runs, "x\n" + " " * 9]:
+        for more in range(0, 67, 11) if run in runs[:2] else (0, 5):
+            text = (run * (1 << 17))[:20_000 + more]
+            work.clear()
+            o = vocab.encode_open(text)
+            assert sum(work) - len(text) <= (vocab._longest + 10) * (MAX_HEALED + 2) * max(16, vocab._longest), (run, more)
+            whole = encode(text)
+            assert o.ids + o.typed_ids == whole and vocab.decode(o.typed_ids) == o.typed and text.encode().endswith(o.typed)
+            if len(o.typed_ids) < MAX_HEALED:  # no more was to be given back
+                assert all(encode(text + end)[:len(o.ids)] == o.ids for end in ("a", "=", " ", "\n", "1", run))
+
+
+def test_four_megabytes_of_one_character(tmp_path, monkeypatch):
+    monkeypatch.setattr(test_vocab, "CODE", CODE + RUNS)
+    byte_level(tmp_path)
+    vocab = Vocab.load(tmp_path)
+    encode, work = vocab._encode, []
+    vocab._encode = lambda t: work.append(len(t)) or encode(t)
+    o = vocab.encode_open("a" * (1 << 22))
+    assert work[0] == 1 << 22 and sum(work[1:]) < 1 << 16 and o.typed
+
+
+def test_an_end_that_is_not_found(tmp_path):
+    """Every end of the text alone has other tokens: the most is given back, and no long text is tokenized twice."""
+    byte_level(tmp_path)
+    vocab = Vocab.load(tmp_path)
+    encode, work = vocab._encode, []
+    vocab._encode = lambda t: work.append(len(t)) or (encode(t) if len(work) == 1 else [0] * 9)
+    text = CODE[0] * 300
+    o = vocab.encode_open(text)
+    assert sum(work[1:]) < 1 << 14 and len(o.typed_ids) >= MAX_HEALED and (vocab.decode(o.ids) + o.typed).decode() == text
 
 
 def test_bad_text_is_refused(vocab):

@@ -18,6 +18,7 @@ from ._native import LoadError
 _SPACE = "\u2581"  # sentencepiece's mark for a space
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _MARK = "\u263a"  # a character that no token joins with the next
+_TRIES = 8  # ends of a text that are tokenized to find one that is tokenized as in the text
 MAX_HEALED = 8  # tokens at the end of a prompt that are given back at most, with those that complete a character
 
 
@@ -112,15 +113,7 @@ class Vocab:
         return OpenText(ids[:-drop] or start, self.decode(ids[-drop:]), ids[-drop:])
 
     def _dropped(self, ids: list[int], text: str, all_may_go: bool) -> int:
-        part, found = self._end(ids, text)
-        unsure, tail = 0, part[len(part) - self._longest:] if len(part) > self._longest else part
-        for size in range(1, len(tail) + 1):
-            piece = tail[-size:].encode()
-            if self._begins_longer_token(piece) or self._dummy_prefix and size == len(text) and self._begins_longer_token(b" " + piece):
-                before = self._encode(part[:-size])
-                unsure = max(unsure, len(found) - _common(found, before))
-        if part[-1:].isspace():  # pre-tokenizers look ahead for the end of a run of spaces
-            unsure = max(unsure, len(found) - _common(found, self._encode(part + "a")))
+        unsure = self._unsure(ids, text)
         if unsure == 0:
             return 0
         limit = 0  # trailing tokens that are text
@@ -137,15 +130,49 @@ class Vocab:
                 return count
         return 0
 
-    def _end(self, ids: list[int], text: str) -> tuple[str, list[int]]:
-        """An end of the text that is tokenized as it is inside the text, at its own end at least; its ids."""
+    def _unsure(self, ids: list[int], text: str) -> int:
+        """How many of the last tokens a continuation could change."""
+        end = self._end(ids, text)
+        if end is None:
+            return MAX_HEALED
+        part, found, encode = end
+        unsure, tail = 0, part[len(part) - self._longest:] if len(part) > self._longest else part
+        for size in range(1, len(tail) + 1):
+            piece = tail[-size:].encode()
+            if self._begins_longer_token(piece) or self._dummy_prefix and size == len(text) and self._begins_longer_token(b" " + piece):
+                unsure = max(unsure, len(found) - _common(found, encode(part[:-size])))
+        if part[-1:].isspace():  # pre-tokenizers look ahead for the end of a run of spaces
+            unsure = max(unsure, len(found) - _common(found, encode(part + "a")))
+        return unsure
+
+    def _end(self, ids: list[int], text: str) -> tuple[str, list[int], Callable[[str], list[int]]] | None:
+        """An end of the text that is tokenized as it is inside the text, at its own end at least; its ids, and what gives them. None:
+        not found in a few tries, each much shorter than a long text."""
         size = max(128, 2 * self._longest)
-        while size < len(text):
-            found = self._encode(text[-size:])
+        if len(text) <= size:
+            return text, ids, self._encode
+        for start in self._starts(ids, text, size):
+            found = self.encode_inner(text[start:])
             if found[-MAX_HEALED - 1:] == ids[-MAX_HEALED - 1:]:
-                return text[-size:], found
-            size *= 4
-        return text, ids
+                return text[start:], found, self.encode_inner
+        return None
+
+    def _starts(self, ids: list[int], text: str, characters: int) -> Iterator[int]:
+        """Where an end of so many characters and of more than MAX_HEALED tokens may begin: where tokens do, since a run of one character
+        is divided by where it begins; where their bytes are not the text's (special tokens, normalized text), anywhere."""
+        count, length, size = 0, 0, characters
+        for _ in range(_TRIES):
+            while (length < size or count <= MAX_HEALED) and count < len(ids) and self.token_bytes[ids[-1 - count]]:
+                count += 1
+                length += len(self.token_bytes[ids[-count]])
+            if length < size or count <= MAX_HEALED:
+                break
+            piece = self.decode(ids[-count:])
+            if not 0x80 <= piece[0] < 0xC0 and text.endswith(end := piece.decode(errors="replace")):
+                yield len(text) - len(end)
+            size = length + 1
+        for size in (characters, 4 * characters, 16 * characters):
+            yield max(0, len(text) - size)
 
     def _begins_longer_token(self, text: bytes) -> bool:
         place = bisect_right(self._text_tokens, text)
