@@ -73,7 +73,7 @@ def test_submit_keywords_are_the_engines() -> None:
 def test_defaults() -> None:
     assert submit() == dict(max_tokens=128, min_tokens=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=None, stop=(), logit_bias={},
                             repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, bad_words=(),
-                            include_stop=False, stop_at=(), ignore_eos=False, max_time_ms=0, include_typed=False, stream=False, logprobs=False, top_logprobs=0, cache_salt="", beam_width=1,
+                            include_stop=False, stop_at=(), stop_token_ids=(), ignore_eos=False, max_time_ms=0, include_typed=False, stream=False, logprobs=False, top_logprobs=0, cache_salt="", beam_width=1,
                             length_penalty=1.0, beam_diversity_rate=0.0, early_stopping=False, session="", deadline_ms=0)
 
 

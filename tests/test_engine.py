@@ -110,6 +110,9 @@ def test_eos_options(engine):
     some = free[7]
     assert engine.generate(PROMPT, max_tokens=40, seed=9, eos_ids=[some]).token_ids.tolist() == free[: free.index(some)]
     assert engine.generate(PROMPT, max_tokens=40, seed=9, eos_ids=[some], ignore_eos=True).token_ids.tolist() == free
+    for ignore_eos in (False, True):  # ignores the model's end tokens only
+        ended = engine.generate(PROMPT, max_tokens=40, seed=9, stop_token_ids=[some], ignore_eos=ignore_eos)
+        assert (ended.token_ids.tolist(), ended.finish_reason) == (free[: free.index(some)], "eos")
     late = engine.generate(PROMPT, max_tokens=40, seed=9, eos_ids=[some], min_tokens=free.index(some) + 1)
     want, finish = expected(PROMPT, 40, 9, eos=(some,), min_tokens=free.index(some) + 1)
     assert (late.token_ids.tolist(), late.finish_reason) == (want, finish) and len(want) > free.index(some)
@@ -197,6 +200,8 @@ BAD = [
     (dict(stop=["a", ""]), r"stop\[1\] is empty"),
     (dict(stop=["x" * 70000]), "stop has 70000 bytes; expected at most 65536"),
     (dict(eos_ids=[64]), r"eos_ids\[0\] is 64"),
+    (dict(stop_token_ids=[3, 64]), r"stop_token_ids\[1\] is 64; expected 0..63"),
+    (dict(stop_token_ids=[-1]), r"stop_token_ids\[0\] is -1"),
 ]
 
 

@@ -300,7 +300,7 @@ def test_same_tokens_alone_in_a_batch_and_preempted(native, device, depth):
     (dict(bad_words=[""]), r"bad_words\[0\] is empty"),
     (dict(bad_words=["x" * 70000]), "bad_words has 70000 bytes; expected at most 65536"),
     (dict(bad_words=["\ud800"]), r"bad_words\[0\] has a lone surrogate"),
-    (dict(eos_ids=[EOS] * 2000, min_tokens=1), "eos_ids has 2000 tokens; expected at most 1024"),
+    (dict(eos_ids=[EOS] * 2000, min_tokens=1), "eos_ids and stop_token_ids have 2000 tokens; expected at most 1024"),
 ], ids=str)
 def test_bad_options_are_refused(options, said):
     with fake_engine() as engine:

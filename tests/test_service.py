@@ -45,7 +45,7 @@ class FakeOutbox:
 
 class FakeEngine:
     def __init__(self) -> None:
-        self.config = {"eos_ids": [1]}
+        self.config = {"eos_ids": [1], "vocab": 64}
         self.uids = itertools.count(1)
         self.submitted: dict[int, dict[str, Any]] = {}
         self.cancelled: list[int] = []
@@ -247,9 +247,11 @@ def test_heartbeats_only_where_asked_for_and_only_in_silence(make: Any) -> None:
 
 def test_end_tokens_add_to_or_replace_the_models(make: Any) -> None:
     engine, service = make()
-    for options in (dict(), dict(end_id=7), dict(end_id=-1)):
+    for options in (dict(), dict(end_id=7), dict(end_id=-1, stop_token_ids=[9])):
         service.submit(request(**options), FakeReply())
-    assert [engine.submitted[uid].get("eos_ids") for uid in (1, 2, 3)] == [None, [7], None]
+    assert [(engine.submitted[uid].get("eos_ids"), engine.submitted[uid]["stop_token_ids"]) for uid in (1, 2, 3)] == [(None, ()), ([7], ()), (None, (9,))]
+    with pytest.raises(ValueError, match="end_id is 64; expected -1..63"):
+        service.submit(request(end_id=64), FakeReply())
 
 
 @pytest.fixture

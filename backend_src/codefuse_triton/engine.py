@@ -176,7 +176,7 @@ class Engine:
                min_p: float = 0.0, seed: int | None = None, logit_bias: Mapping[int | str, float] | None = None,
                repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
                bad_words: Sequence[Word] | Word = (), stop: Sequence[Word] | Word = (), include_stop: bool = False,
-               stop_at: Sequence[str] | str = (), eos_ids: Sequence[int] | None = None, ignore_eos: bool = False, min_tokens: int = 0,
+               stop_at: Sequence[str] | str = (), eos_ids: Sequence[int] | None = None, ignore_eos: bool = False, stop_token_ids: Sequence[int] = (), min_tokens: int = 0,
                max_time_ms: int = 0, token_healing: bool = True, include_typed: bool = False, prefix_bytes: bytes = b"",
                suffix: str | bytes | Sequence[int] = "", fim_mode: str = "", stream: bool = True, logprobs: bool = False, top_logprobs: int = 0,
                cache_salt: str | bytes = b"", beam_width: int = 1, beam_count: int = 1,
@@ -197,7 +197,8 @@ class Engine:
         end, also together with the end of the prompt; one that names a special token bans that token. stop: the output ends
         before the first of these to end in it (after it with include_stop); one that names a special token makes it an end token. Words
         may be given as the ids of their tokens. stop_at: further ends, any of "line", "block",
-        "bracket", "suffix", "repetition". min_tokens: no end token is sampled before, stop strings do not end the output.
+        "bracket", "suffix", "repetition". eos_ids: end tokens in place of the model's; ignore_eos: go on after those, and after the ones that end
+        a middle; stop_token_ids: end tokens besides, which ignore_eos leaves. min_tokens: no end token is sampled before, stop strings do not end the output.
         max_time_ms: the output ends so long after submit, with finish_reason "time"; 0: no limit.
         stream=False delivers one chunk with everything. logprobs: of each token under the model itself: before temperature, biases,
         penalties and bans. top_logprobs: how many of the most likely tokens to report with each token, at most 20.
@@ -221,11 +222,14 @@ class Engine:
         words, bans = _words(self.vocab, "bad_words", bad_words)
         stops, stop_ids = _words(self.vocab, "stop", stop)
         places = (stop_at,) if isinstance(stop_at, str) else tuple(stop_at)
+        for i, token in enumerate(stop_token_ids):
+            if not 0 <= token < self._native.vocab:
+                raise ValueError(f"stop_token_ids[{i}] is {token}; expected 0..{self._native.vocab - 1}")
         p = prompt if isinstance(prompt, Prompt) and not len(suffix) else self._prompt(prompt, token_healing, bytes(prefix_bytes), suffix, fim_mode)
         if beam_width > 1 and p.typed_ids:
             p = replace(p, ids=[*p.ids, *p.typed_ids], typed=b"", typed_ids=())
         ids, lost_prefix, lost_suffix = assemble(p, self._room - max_tokens - len(p.template) + 2 - max(len(p.typed_ids), len(p.typed)))
-        eos = stop_ids + ([] if ignore_eos else [*(self._eos_ids if eos_ids is None else eos_ids), *p.end_ids])
+        eos = [*stop_ids, *stop_token_ids] + ([] if ignore_eos else [*(self._eos_ids if eos_ids is None else eos_ids), *p.end_ids])
         before, after = (self.vocab.decode(p.ids[-_BEFORE_BYTES:]) + p.typed, self.vocab.decode(p.suffix)) if places else (b"", b"")
         return self._native.submit(ids, outbox, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                                    min_p=min_p, seed=seed, logit_bias=bias + [(id, -math.inf) for id in bans], repetition_penalty=repetition_penalty,

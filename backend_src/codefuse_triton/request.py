@@ -28,7 +28,6 @@ class Request:
     prompt: Prompt
     submit: dict[str, Any]  # keywords of Engine.submit
     end_id: int  # -1: the model's end tokens
-    stop_token_ids: tuple[int, ...]
     count: int  # answers to return
     best_of: int  # answers to generate, not less than count
     echo: bytes  # the prompt, when it is to be part of the text
@@ -299,7 +298,7 @@ def parse(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any], *, e
     submit["include_typed"] = submit["include_typed"] and not echo  # the echo has them
     text = tensors["prompt_text"].reshape(-1)[0] if "prompt_text" in tensors else b""
     beat = tensors.get("heartbeat")
-    return Request(prompt, submit, options.get("end_id"), options.get("stop_token_ids"), count, best_of,
+    return Request(prompt, submit, options.get("end_id"), count, best_of,
                    (text if isinstance(text, bytes) else str(text).encode()) if echo else b"",
                    beat is not None and bool(beat.reshape(-1)[0]))
 

@@ -81,9 +81,10 @@ class Service:
     def submit(self, request: Request, reply: Reply) -> int:
         """The uid of the first answer; cancel() takes that of any. ValueError, QueueFull, DeviceError, Draining: the reply has not been used."""
         options = dict(request.submit)
-        if request.end_id >= 0 or request.stop_token_ids:
-            ends = [request.end_id] if request.end_id >= 0 else list(self._engine.config.get("eos_ids", ()))
-            options["eos_ids"] = ends + list(request.stop_token_ids)
+        if request.end_id >= 0:
+            if request.end_id >= self._engine.config["vocab"]:
+                raise ValueError(f"end_id is {request.end_id}; expected -1..{self._engine.config['vocab'] - 1}")
+            options["eos_ids"] = [request.end_id]
         with self._lock:
             if self._drain_deadline or self._closing:
                 raise Draining(f"{SHUTTING_DOWN}; send the request to another one")

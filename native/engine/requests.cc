@@ -75,7 +75,7 @@ void Engine::validate(const Request& r) const {
     if (r.bad_words[i].size() > kBadWordBytes)
       throw ValueError(cat("bad_words[", i, "] has ", r.bad_words[i].size(), " bytes; expected at most ", kBadWordBytes));
   check_words("stop", r.stop);
-  if (r.eos_ids.size() > kListedTokens) throw ValueError(cat("eos_ids has ", r.eos_ids.size(), " tokens; expected at most ", kListedTokens));
+  if (r.eos_ids.size() > kListedTokens) throw ValueError(cat("eos_ids and stop_token_ids have ", r.eos_ids.size(), " tokens; expected at most ", kListedTokens));
   for (size_t i = 0; i < r.eos_ids.size(); ++i)
     if (r.eos_ids[i] < 0 || r.eos_ids[i] >= vocab)
       throw ValueError(cat("eos_ids[", i, "] is ", r.eos_ids[i], "; expected 0..", vocab - 1));

@@ -249,9 +249,9 @@ def test_end_tokens(server: TritonServer, client: Client) -> None:
     (result,) = list(stream)
     stream.close()
     tokens = result.as_numpy("output_ids").reshape(-1).tolist()
-    for name in ("end_id", "stop_token_ids"):
+    for name, ignore_eos in (("end_id", False), ("stop_token_ids", False), ("stop_token_ids", True)):
         stream = PlainStream(server, "generator", [tensor("input_ids", "INT32", [400, 401]), tensor("max_tokens", "INT32", [6]),
-                                                   tensor(name, "INT32", [tokens[2]])])
+                                                   tensor(name, "INT32", [tokens[2]]), tensor("ignore_eos", "BOOL", [ignore_eos])])
         (ended,) = list(stream)
         stream.close()
         assert ended.as_numpy("finish_reason")[0][0] == b"eos"
