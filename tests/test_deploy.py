@@ -65,9 +65,48 @@ def test_from_a_checkpoint_and_in_place(weights, tmp_path):
     tool.deploy(DEMO, "wide", repository, dtype="f32", **QUIET)
     assert sum(f.stat().st_size for f in (repository / "wide_generator").rglob("*.safetensors")) > 1.9 * sum(f.stat().st_size for f in weights.glob("*.safetensors"))
     tool.deploy(weights, "there", repository, in_place=True)
-    assert [p.name for p in (repository / "there_generator" / "1").iterdir()] == ["model.py"]
-    for part in ("generator", "tokenizer"):
-        assert settings(repository / f"there_{part}")[{"generator": "weights"}.get(part, "tokenizer_dir")] == str(weights)
+    assert served(repository / "there_generator", "1") == weights and settings(repository / "there_generator")["weights"] == ""
+    assert sorted(p.name for p in (repository / "there_generator" / "1").iterdir()) == ["model.py", "weights"]
+    assert settings(repository / "there_tokenizer")["tokenizer_dir"] == settings(repository / "there_detokenizer")["tokenizer_dir"] == str(weights)
+
+
+def served(generator: Path, version: str) -> Path:
+    """The weights directory that GeneratorModel loads."""
+    return contract.weights_directory(generator, version, settings(generator)["weights"]).resolve()
+
+
+def test_versions_in_place(weights, tmp_path):
+    """Each serves its own weights, wherever the others have theirs."""
+    repository, other = tmp_path / "models", tmp_path / "other"
+    shutil.copytree(weights, other)
+    tool.deploy(weights, "m", repository, in_place=True)
+    tool.deploy(other, "m", repository, version=2, in_place=True)
+    tool.deploy(other, "m", repository, version=3)
+    tool.deploy(weights, "n", repository)
+    tool.deploy(other, "n", repository, version=2, in_place=True)
+    generator = repository / "m_generator"
+    assert [served(generator, v) for v in "123"] == [weights, other, generator / "3"]
+    assert [served(repository / "n_generator", v) for v in "12"] == [repository / "n_generator" / "1", other]
+    with Engine(served(generator, "2"), device="cpu", threads=1) as engine:
+        assert engine.generate("def f", max_tokens=3).num_output_tokens == 3
+    (other / "tokenizer.model").write_bytes((other / "tokenizer.model").read_bytes() + b"\0")
+    with pytest.raises(CheckpointError, match="tokenizer.model differs from that of m_tokenizer"):
+        tool.deploy(other, "m", repository, version=4, in_place=True)
+    shutil.rmtree(repository / "m_generator")
+    assert (weights / "config.json").is_file()
+
+
+def test_a_version_beside_a_weights_setting_is_refused(weights, tmp_path):
+    """All versions would serve what it names."""
+    repository = tmp_path / "models"
+    tool.deploy(weights, "m", repository)
+    config = repository / "m_generator" / "config.pbtxt"
+    config.write_text(config.read_text().replace('key: "weights", value: { string_value: "" }', f'key: "weights", value: {{ string_value: "{weights}" }}'))
+    assert served(repository / "m_generator", "1") == weights
+    before = tree(repository)
+    with pytest.raises(CheckpointError, match=re.escape(f"m_generator/config.pbtxt sets weights to '{weights}', which all versions would serve")):
+        tool.deploy(DEMO, "m", repository, version=2, dtype="f32", **QUIET)
+    assert tree(repository) == before
 
 
 def test_versions_of_a_generator(weights, tmp_path):

@@ -79,8 +79,6 @@ def _make_weights(source: Path, target: Path, dtype: str, ignore: set[str], prog
                 os.link((source / file).resolve(), target / file)
             except OSError:  # of another file system
                 shutil.copyfile(source / file, target / file)
-    if not read_json(target / "config.json").get("tokenizer_files"):
-        raise CheckpointError(f"{source} has no tokenizer files; tokenizer and detokenizer need them")
 
 
 def _check(weights: Path) -> None:
@@ -126,7 +124,8 @@ def deploy(source: Path, name: str, repository: Path, *, dtype: str = "auto", ve
            settings: Mapping[str, str] = {}, ignore: set[str] = frozenset(), progress: Any = None) -> dict[str, str]:
     """Returns the names of the four models. CheckpointError or ValueError names what is wrong; then nothing has changed.
 
-    dtype: as for convert. version: of the generator; beyond the first of a model that is there, only that version is added. in_place: a weights directory is served from where it is. settings: of the generator.
+    dtype: as for convert. version: of the generator; beyond the first of a model that is there, only that version is added. in_place: a weights directory is
+    served from where it is. settings: of the generator.
     """
     if not NAME.fullmatch(name):
         raise CheckpointError(f"name is {name!r}; expected up to 100 letters, digits, '.', '_' and '-', a letter or digit first")
@@ -155,23 +154,29 @@ def deploy(source: Path, name: str, repository: Path, *, dtype: str = "auto", ve
         raise CheckpointError(f"{repository} has {', '.join(there)}{f' version {version}' if not missing else ''} already"
                               f"{f' but no ' + ', '.join(missing) if missing else ''}; replace it with --replace"
                               f"{'' if missing else ', or add a version with --version'}")
-    if adding and (settings or in_place):
+    if adding and settings:
         raise CheckpointError(f"settings belong to all versions of {generator}: edit its config.pbtxt, or deploy under another name")
+    if adding and (shared := _setting_in(repository / generator, "weights")):
+        raise CheckpointError(f"{generator}/config.pbtxt sets weights to {shared!r}, which all versions would serve; put a link named "
+                              f"{contract.WEIGHTS_LINK} to it into each version directory and clear the setting, or deploy under another name")
     with _stage(repository, name) as stage:
         target = stage / generator / str(version)
         if in_place:
             _check(source)
-            if not read_json(source / "config.json").get("tokenizer_files"):
-                raise CheckpointError(f"{source} has no tokenizer files; tokenizer and detokenizer need them")
+            target.mkdir(parents=True)
+            (target / contract.WEIGHTS_LINK).symlink_to(source.resolve())
         else:
             _make_weights(source, target, dtype, ignore, progress)
+        weights = contract.weights_directory(stage / generator, str(version), "")
+        if not read_json(weights / "config.json").get("tokenizer_files"):
+            raise CheckpointError(f"{source} has no tokenizer files; tokenizer and detokenizer need them")
         _put_model_py(contract.GENERATOR, target)
         if adding:
-            _check_same_tokenizer(target, repository / names[contract.TOKENIZER])
+            _check_same_tokenizer(weights, repository / names[contract.TOKENIZER])
             _install({target: repository / generator / str(version)}, stage / "old")
             return names
         place = str(source.resolve()) if in_place else f"../{generator}/{version}"
-        given = {contract.GENERATOR: {**settings, **({"weights": place} if in_place else {})}, contract.TOKENIZER: {"tokenizer_dir": place},
+        given = {contract.GENERATOR: settings, contract.TOKENIZER: {"tokenizer_dir": place},
                  contract.DETOKENIZER: {"tokenizer_dir": place, "generator": generator}, contract.ENSEMBLE: {}}
         for part in PARTS:
             if part != contract.GENERATOR:
@@ -181,10 +186,14 @@ def deploy(source: Path, name: str, repository: Path, *, dtype: str = "auto", ve
     return names
 
 
+def _setting_in(model: Path, name: str) -> str:
+    found = re.search(rf'key:\s*"{name}"\s*,?\s*value:?\s*\{{\s*string_value:\s*"([^"]*)"', (model / "config.pbtxt").read_text())
+    return found[1] if found else ""
+
+
 def _check_same_tokenizer(weights: Path, tokenizer: Path) -> None:
     """The versions of a generator share one tokenizer."""
-    found = re.search(r'key: "tokenizer_dir", value: \{ string_value: "([^"]*)"', (tokenizer / "config.pbtxt").read_text())
-    directory = (tokenizer / (found[1] if found else "")).resolve()
+    directory = (tokenizer / _setting_in(tokenizer, "tokenizer_dir")).resolve()
     for file in read_json(weights / "config.json")["tokenizer_files"]:
         if not (directory / file).is_file() or (directory / file).read_bytes() != (weights / file).read_bytes():
             raise CheckpointError(f"{file} differs from that of {tokenizer.name}, in {directory}: versions share a tokenizer; deploy under another name")

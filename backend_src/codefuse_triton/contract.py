@@ -215,7 +215,8 @@ MODELS = (
               *PROMPT, Tensor("prompt_text", "STRING", 1, "the prompt as text, to be echoed"), HEARTBEAT,
               Tensor("stop_uid", "INT64", 1, "cancel this uid; given alone, answered by the final flag only")),
           _CHUNK, settings=(
-              Setting("weights", "", "weights directory (tools/convert.py writes one); empty: this model's version directory"),
+              Setting("weights", "", "weights directory (tools/convert.py writes one) of all versions, absolute or relative to this model's "
+                      "directory; empty: each version's own, its directory or what the link weights in it leads to"),
               Setting("device", "auto", "auto (cuda if there is one, else cpu), cpu, cuda or cuda:N"),
               Setting("dtype", "auto", "of activations and KV cache; auto: the checkpoint's on cuda, float32 on cpu",
                       choices=("auto", "float32", "float16", "bfloat16")),
@@ -293,6 +294,17 @@ def config_pbtxt(name: str, names: Mapping[str, str] = NAMES, settings: Mapping[
         lines += [f"# {s.doc}{values}",
                   f'parameters {{ key: "{s.name}", value: {{ string_value: "{settings.get(s.name, s.default)}" }} }}']
     return "\n".join(lines) + "\n"
+
+
+WEIGHTS_LINK = "weights"  # in a version directory, to a weights directory that is served from where it is
+
+
+def weights_directory(generator: Path, version: str, setting: str) -> Path:
+    """Of a version of the generator in the directory `generator`; setting: its `weights`."""
+    if setting:
+        return generator / setting
+    own = generator / version
+    return own / WEIGHTS_LINK if (own / WEIGHTS_LINK).is_symlink() else own
 
 
 def write_configs(repository: Path) -> None:

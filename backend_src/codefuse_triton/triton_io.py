@@ -146,8 +146,8 @@ class _Metrics:
     _COUNTERS = {"steps", "prefill_tokens", "decode_tokens", "cached_tokens", "wasted_rows", "preemptions", "evictions",
                  "submitted", "refused", "finished"}
 
-    def __init__(self, model: str) -> None:
-        self._model = model
+    def __init__(self, model: str, version: str) -> None:
+        self._model = {"model": model, "version": version}
         self._families: dict[str, Any] = {}
         self._metrics: dict[tuple[str, str], Any] = {}
         self._last: dict[tuple[str, str], float] = {}
@@ -160,6 +160,11 @@ class _Metrics:
             elif isinstance(value, (int, float)):
                 self._put(name, {}, value)
 
+    def close(self) -> None:
+        """They go from the endpoint: Triton drops a metric with its last reference, and keeps those of an unloaded version otherwise."""
+        self._metrics.clear()
+        self._families.clear()
+
     def _put(self, name: str, labels: dict[str, str], value: float) -> None:
         key = name, labels.get("reason", "")
         old = self._last.get(key, 0)
@@ -171,7 +176,7 @@ class _Metrics:
             self._families[name] = pb_utils.MetricFamily(name=f"codefuse_{name}" + "_total" * counter,
                                                          description=f"Engine.stats()['{name}']", kind=kind)
         if key not in self._metrics:
-            self._metrics[key] = self._families[name].Metric(labels={"model": self._model, **labels})
+            self._metrics[key] = self._families[name].Metric(labels={**self._model, **labels})
         if counter:
             self._metrics[key].increment(float(value - old))
         else:
@@ -182,14 +187,15 @@ class _Metrics:
 class GeneratorModel:
     def initialize(self, args: dict[str, str]) -> None:
         settings = _settings(contract.GENERATOR, args)
-        weights = settings.pop("weights") or os.path.join(args["model_repository"], args["model_version"])
+        weights = contract.weights_directory(Path(args["model_repository"]), args["model_version"], settings.pop("weights")).resolve()
         self._exclude_input = settings.pop("exclude_input_in_output") == "true"
         responses_per_s = settings.pop("responses_per_s")
         self._inputs = [t.name for t in contract.MODEL[contract.GENERATOR].inputs]
         engine = Engine(weights, **settings)
         pb_utils.Logger.log_info(f"generator: {weights} on {engine.device}, {engine.dtype}, max_len {engine.max_len}")
         name = args["model_name"]
-        self._service = Service(engine, responses_per_s=responses_per_s, server_pid=os.getppid(), name=name, on_stats=_Metrics(name).update)
+        self._metrics = _Metrics(name, args["model_version"])
+        self._service = Service(engine, responses_per_s=responses_per_s, server_pid=os.getppid(), name=name, on_stats=self._metrics.update)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -215,6 +221,7 @@ class GeneratorModel:
 
     def finalize(self) -> None:
         self._service.close()
+        self._metrics.close()
 
 
 def _valid_utf8(text: bytes) -> bytes:

@@ -75,6 +75,15 @@ def metric_of(server: TritonServer, name: str, model: str) -> float:
     return next((value for n, labels, value in _samples(server) if (n, labels.get("model")) == (name, model)), 0.0)
 
 
+def metrics_by_version(server: TritonServer, name: str, model: str) -> dict[str, float]:
+    """The values of a metric of the model, summed over its other labels."""
+    values: dict[str, float] = {}
+    for n, labels, value in _samples(server):
+        if (n, labels.get("model")) == (name, model):
+            values[labels["version"]] = values.get(labels["version"], 0.0) + value
+    return values
+
+
 def busy(server: TritonServer) -> float:
     values = metrics(server)
     return values["running"] + values["waiting"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from codefuse_triton_client import Client
-from serving_helpers import LONG, PROMPT, ROOT, free_ports, metric_of, post, wait_until
+from serving_helpers import LONG, PROMPT, ROOT, free_ports, metric_of, metrics_by_version, post, wait_until
 
 from codefuse_triton import Engine, devices
 from codefuse_triton.triton_server import TritonServer, _children, _is_stub
@@ -85,6 +85,29 @@ def test_serve_tool_serves_a_named_model(weights: Path, tmp_path: Path) -> None:
     assert result.returncode == 0 and "tokens in" in result.stdout and "/v2/models/named/generate" in result.stdout, result.stderr
     result = subprocess.run(run, capture_output=True, text=True, timeout=90)
     assert result.returncode == 1 and "no completion from model 'ensemble' (--model)" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_versions_served_in_place_one_after_the_other(weights: Path, quantized: Path, tmp_path: Path) -> None:
+    """Each has its own weights and its own metrics; what an old one was doing when the new one came is told apart."""
+    repository = tmp_path / "models"
+    tool.deploy(weights, "m", repository, in_place=True, settings={"device": "cpu", "threads": "1"})
+    texts = {"1": expected(weights), "2": expected(quantized)}
+    with make_server(repository, "--model-control-mode=explicit", "--load-model=m") as server, Client(server.grpc_url, model="m") as client:
+        for _ in range(2):
+            assert client.complete(PROMPT, max_tokens=40).text == texts["1"]
+        wait_until(lambda: metrics_by_version(server, "finished", "m_generator") == {"1": 2}, 5, "two have finished")
+        old = client.stream(PROMPT, **LONG)
+        next(old)
+        tool.deploy(quantized, "m", repository, version=2, in_place=True)
+        code, body = post(server, "/v2/repository/models/m_generator/load", {}, timeout_s=60)
+        assert code == 200, body
+        assert client.complete(PROMPT, max_tokens=40).text == texts["2"]
+        wait_until(lambda: metrics_by_version(server, "running", "m_generator") == {"1": 1, "2": 0}, 5, "the old version has one request")
+        assert metrics_by_version(server, "finished", "m_generator") == {"1": 2, "2": 1}
+        assert metrics_by_version(server, "submitted", "m_generator") == {"1": 3, "2": 1}
+        old.close()
+        wait_until(lambda: versions(server) == {"2"} and len(stubs(server)) == 3, 20, "the old version has gone")
+        assert set(metrics_by_version(server, "running", "m_generator")) == {"2"}
 
 
 def status(pid: int, key: str) -> int:
