@@ -83,7 +83,7 @@ def test_read_bandwidth_of_the_gpu(device):
 
 def test_read_bandwidth():
     assert 1e8 < read_bandwidth("cpu", 2) < 1e13
-    for device, message in [("tpu", "device is 'tpu'"), ("cuda:x", "cuda:x")]:
+    for device, message in [("tpu", "device is 'tpu'"), ("cuda:x", "cuda:x"), ("cuda:99", "device is 'cuda:99', but only cpu")]:
         with pytest.raises(ValueError, match=message):
             read_bandwidth(device)
     with pytest.raises(ValueError, match="threads is -1"):

@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstring>
 
@@ -115,6 +116,19 @@ void CpuOps::step(const Batch& batch, int ticket, const std::function<void()>& b
 }
 
 Sampled CpuOps::collect(int ticket) { return std::move(sampled_[ticket]); }
+
+std::vector<double> CpuOps::time(const Batch& batch, int repeats, const std::function<void()>& body) {
+  using Clock = std::chrono::steady_clock;
+  std::vector<double> seconds;
+  step(batch, 0, body);  // the first finds nothing in the caches
+  for (int i = 0; i < repeats; ++i)
+    step(batch, 0, [&] {
+      const auto start = Clock::now();
+      body();
+      seconds.push_back(std::chrono::duration<double>(Clock::now() - start).count());
+    });
+  return seconds;
+}
 
 void CpuOps::read_matrix(float* y, const Matrix& m) {
   for (int64_t r = 0; r < m.rows; ++r) decode_row(m.host, r, y + r * m.cols);

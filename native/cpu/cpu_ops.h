@@ -50,6 +50,7 @@ class CpuOps final : public Ops {
   void logits(float* y, const void* x, const Linear& head) override;
   void sample(const float* logits, int vocab) override;
 
+  std::vector<double> time(const Batch& batch, int repeats, const std::function<void()>& body) override;
   void read_matrix(float* y, const Matrix& m) override;
   void upload(void* dst, const void* src, size_t bytes) override;
   void download(void* dst, const void* src, size_t bytes) override;

@@ -54,6 +54,7 @@ class CudaOps final : public Ops {
   void logits(float* y, const void* x, const Linear& head) override;
   void sample(const float* logits, int vocab) override;
 
+  std::vector<double> time(const Batch& batch, int repeats, const std::function<void()>& body) override;
   void read_matrix(float* y, const Matrix& m) override;
   void upload(void* dst, const void* src, size_t bytes) override;
   void download(void* dst, const void* src, size_t bytes) override;
@@ -66,9 +67,12 @@ class CudaOps final : public Ops {
   template <class T> T* alloc_array(size_t n) { return static_cast<T*>(alloc(n * sizeof(T))); }
 
   // ---- step.cu
+  void begin(const Batch& batch);
+  void run(const std::function<void()>& body);
   void fill_meta(const Batch& batch, int padded_rows, int ticket);
   void fill_edits(const Batch& batch, int padded_samples, int ticket);
   void run_recorded(int rows, const std::function<void()>& body);
+  cudaGraphExec_t record(const std::function<void()>& body);
 
   // ---- ops.cu
   const void* padded(const void* x, int K, int rows);

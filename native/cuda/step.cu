@@ -73,7 +73,8 @@ void CudaOps::fill_edits(const Batch& b, int padded, int ticket) {
   if (!b.edits.empty()) send(meta_.edits, b.edits.size() * sizeof(LogitEdit));
 }
 
-void CudaOps::step(const Batch& batch, int ticket, const std::function<void()>& body) {
+// What the ops of the step go by.
+void CudaOps::begin(const Batch& batch) {
   check_batch(batch, limits_, config_.vocab);
   use();
   rows_ = batch.rows();
@@ -93,19 +94,21 @@ void CudaOps::step(const Batch& batch, int ticket, const std::function<void()>& 
     if (s && (t < decode_rows_ || s == 1)) own_sequences_ = false;
     s = t < decode_rows_ ? 1 : 2;
   }
-  bool record = replay_ && copies_ == 0 && own_sequences_ && decode_rows_ == rows_ && samples_ == rows_;
-  for (int i = 0; i < samples_ && record; ++i) record = batch.logit_row[i] == i;
+}
+
+void CudaOps::step(const Batch& batch, int ticket, const std::function<void()>& body) {
+  begin(batch);
+  bool recorded = replay_ && copies_ == 0 && own_sequences_ && decode_rows_ == rows_ && samples_ == rows_;
+  for (int i = 0; i < samples_ && recorded; ++i) recorded = batch.logit_row[i] == i;
   const int padded = std::min({bucket_of(rows_), limits_.rows, limits_.slots});
-  record = record && padded >= rows_;
-  fill_meta(batch, record ? padded : rows_, ticket);
-  ready_ = {};
-  ready_calls_ = 0;
+  recorded = recorded && padded >= rows_;
+  fill_meta(batch, recorded ? padded : rows_, ticket);
   Turns::Turn turn(*turns_, s_.stream, done_[ticket]);  // the batch is on its way before it
-  if (record) {
+  if (recorded) {
     rows_ = decode_rows_ = samples_ = padded;
     run_recorded(padded, body);
   } else {
-    body();
+    run(body);
   }
   expected_[ticket] = batch.samples();
   expected_top_[ticket] = passes_.top;
@@ -114,26 +117,64 @@ void CudaOps::step(const Batch& batch, int ticket, const std::function<void()>& 
   turn.end();
 }
 
+void CudaOps::run(const std::function<void()>& body) {
+  ready_ = {};
+  ready_calls_ = 0;
+  body();
+}
+
+cudaGraphExec_t CudaOps::record(const std::function<void()>& body) {
+  cudaGraph_t graph = nullptr;
+  check(cudaStreamBeginCapture(s_.stream, cudaStreamCaptureModeThreadLocal), "recording a step");
+  try {
+    run(body);
+  } catch (...) {
+    cudaStreamEndCapture(s_.stream, &graph);
+    if (graph) cudaGraphDestroy(graph);
+    throw;
+  }
+  check(cudaStreamEndCapture(s_.stream, &graph), "recording a step");
+  cudaGraphExec_t out = nullptr;
+  const cudaError_t e = cudaGraphInstantiate(&out, graph, 0);
+  cudaGraphDestroy(graph);
+  check(e, "recording a step");
+  return out;
+}
+
 // The first step of a kind runs as it is, which also loads its kernels; the second is recorded.
 void CudaOps::run_recorded(int rows, const std::function<void()>& body) {
   Recording& r = recordings_[{rows, passes_}];
-  if (r.seen++ == 0) return body();
-  if (!r.graph) {
-    cudaGraph_t graph = nullptr;
-    check(cudaStreamBeginCapture(s_.stream, cudaStreamCaptureModeThreadLocal), "recording a step");
-    try {
-      body();
-    } catch (...) {
-      cudaStreamEndCapture(s_.stream, &graph);
-      if (graph) cudaGraphDestroy(graph);
-      throw;
-    }
-    check(cudaStreamEndCapture(s_.stream, &graph), "recording a step");
-    const cudaError_t e = cudaGraphInstantiate(&r.graph, graph, 0);
-    cudaGraphDestroy(graph);
-    check(e, "recording a step");
-  }
+  if (r.seen++ == 0) return run(body);
+  if (!r.graph) r.graph = record(body);
   check(cudaGraphLaunch(r.graph, s_.stream), "replaying a step");
+}
+
+std::vector<double> CudaOps::time(const Batch& batch, int repeats, const std::function<void()>& body) {
+  begin(batch);
+  fill_meta(batch, rows_, 0);
+  Turns::Turn turn(*turns_, s_.stream, done_[0]);
+  run(body);
+  const std::unique_ptr<CUgraphExec_st, decltype(&cudaGraphExecDestroy)> graph(record(body), cudaGraphExecDestroy);
+  std::vector<std::unique_ptr<CUevent_st, decltype(&cudaEventDestroy)>> events;
+  for (int i = 0; i <= repeats; ++i) {
+    cudaEvent_t event = nullptr;
+    check(cudaEventCreate(&event), "event");
+    events.emplace_back(event, cudaEventDestroy);
+  }
+  check(cudaGraphLaunch(graph.get(), s_.stream), "replaying a step");
+  for (int i = 0; i <= repeats; ++i) {
+    check(cudaEventRecord(events[size_t(i)].get(), s_.stream), "event");
+    if (i < repeats) check(cudaGraphLaunch(graph.get(), s_.stream), "replaying a step");
+  }
+  turn.end();
+  check(cudaStreamSynchronize(s_.stream), "timing");
+  std::vector<double> seconds;
+  for (int i = 0; i < repeats; ++i) {
+    float ms = 0;
+    check(cudaEventElapsedTime(&ms, events[size_t(i)].get(), events[size_t(i) + 1].get()), "timing");
+    seconds.push_back(double(ms) * 1e-3);
+  }
+  return seconds;
 }
 
 Sampled CudaOps::collect(int ticket) {

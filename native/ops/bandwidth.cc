@@ -3,6 +3,7 @@
 #include <cstdlib>
 
 #include "core/check.h"
+#include "ops/ops.h"
 
 namespace codefuse {
 
@@ -12,17 +13,15 @@ namespace {
 double on_cuda(const std::string& device, const char* expected, double (*measure)(int index)) {
   const bool numbered = device.rfind("cuda:", 0) == 0;
   if (device != "cuda" && !numbered) throw ValueError(cat("device is '", device, "'; expected ", expected));
-#ifdef CODEFUSE_WITH_CUDA
   char* end = nullptr;
   const char* digits = numbered ? device.c_str() + 5 : "0";
   const long index = std::strtol(digits, &end, 10);
   if (*digits < '0' || *digits > '9' || *end != '\0' || index > 1023)
     throw ValueError(cat("device is '", device, "'; expected cuda:N with N in 0..1023"));
+  const Devices d = devices();
+  if ((d.names + ",").find(cat(",cuda:", index, ",")) == std::string::npos)
+    throw ValueError(cat("device is '", device, "', but only ", d.names, " can be used here", d.why_no_cuda.empty() ? "" : cat(" (", d.why_no_cuda, ")")));
   return measure(int(index));
-#else
-  (void)measure;
-  throw ValueError(cat("device is '", device, "'; this build has no CUDA"));
-#endif
 }
 
 }  // namespace

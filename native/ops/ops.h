@@ -118,6 +118,9 @@ class Ops {
   virtual void sample(const float* logits /*[S,V]*/, int vocab) = 0;
 
   // ---- tests and tools -------------------------------------------------------------------------------------------
+  // Seconds of each of `repeats` runs of body, as that of a step of batch without samples; on CUDA of what it launches, recorded once.
+  // After plan().
+  virtual std::vector<double> time(const Batch& batch, int repeats, const std::function<void()>& body) = 0;
   virtual void read_matrix(float* y /*[N,K]*/, const Matrix& m) = 0;    // the values, from where and how they lie on the device
   virtual void upload(void* dst, const void* src, size_t bytes) = 0;    // host -> device, done on return
   virtual void download(void* dst, const void* src, size_t bytes) = 0;  // device -> host, after all earlier work
