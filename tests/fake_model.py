@@ -53,3 +53,9 @@ def held(engine: Engine, requests: int = 0) -> Iterator[None]:
             time.sleep(0.001)
     finally:
         _native.testing.hold(engine._native, False)
+
+
+def wait_taken(engine: Engine) -> None:
+    """Until the engine's thread has taken what was submitted, which its first step may hold up."""
+    while engine.stats()["waiting"]:
+        time.sleep(0.001)

@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 from codefuse_triton import DeviceError, Outbox, QueueFull
-from fake_model import expected, fake_engine, letters
+from fake_model import expected, fake_engine, held, letters, wait_taken
 
 PROMPT = [5, 6, 7]
 
@@ -238,6 +238,16 @@ def test_queue_is_bounded():
         e.submit(PROMPT, outbox=box, max_tokens=1)
 
 
+def wait_closing(e):
+    """Until an engine whose queue is full says that it is closed instead."""
+    error = QueueFull()
+    while isinstance(error, QueueFull):
+        with pytest.raises(RuntimeError) as raised:
+            e.submit(PROMPT, outbox=Outbox())
+        error = raised.value
+    assert "the engine is closed" in str(error)
+
+
 # ---- cancel, failures, the end -----------------------------------------------------------------------------------------
 
 
@@ -339,6 +349,44 @@ def test_close_drains_for_so_long():
     e.close(0.1)
     assert 0.1 <= time.monotonic() - start < 0.6
     assert drain(box, [uid])[uid][-1].finish_reason == "cancelled"
+
+
+def test_a_second_close_need_not_wait_for_the_first():
+    e, box = slow(step_us=50_000, slots=1, queue=0), Outbox()
+    uid = e.submit(PROMPT, outbox=box, max_tokens=250, ignore_eos=True)
+    with held(e):
+        first = threading.Thread(target=e.close, args=(60,))
+        first.start()
+        wait_closing(e)
+        second = threading.Thread(target=e.close, args=(0.1,))
+        second.start()
+    second.join(5)
+    first.join(5)
+    assert not second.is_alive() and not first.is_alive()
+    assert drain(box, [uid])[uid][-1].finish_reason == "cancelled"
+
+
+@pytest.mark.parametrize("how", ["close", "failure"])
+def test_requests_that_the_engine_has_not_seen_are_answered(how):
+    """Each text of a beam search too."""
+    e, box = slow(slots=4, queue=1, fail_launch=0 if how == "failure" else -1), Outbox()
+    with held(e):
+        uids = [e.submit(PROMPT, outbox=box, max_tokens=9)]
+        wait_taken(e)
+        uids.append(e.submit(PROMPT, outbox=box, max_tokens=9))
+        first = e._native.submit(PROMPT, box, max_tokens=9, beam_width=4, beam_count=3)
+        uids += range(first, first + 3)
+        closer = threading.Thread(target=e.close)
+        if how == "close":
+            closer.start()
+            wait_closing(e)
+    ends = drain(box, uids)
+    want = "cancelled" if how == "close" else "error"
+    assert [ends[uid][-1].finish_reason for uid in uids] == [want] * 5
+    assert e.stats()["finished"][want] == 5
+    if how == "close":
+        closer.join(5)
+    e.close()
 
 
 def test_stats(engine):

@@ -4,7 +4,7 @@ import time
 
 import pytest
 from codefuse_triton import Outbox, QueueFull, _native
-from fake_model import expected, fake_engine
+from fake_model import expected, fake_engine, held, wait_taken
 
 
 def drain(box, uids, timeout_s=20):
@@ -64,6 +64,28 @@ def test_only_the_last_of_many_survives():
     assert ended[uids[-1]][1].finish_reason == "length" and ended[uids[-1]][0] == expected([1, 2] + [3] * 39, 50, 7, eos=())[0]
     assert engine.stats()["finished"]["cancelled"] == 39 and engine.stats()["free_pages"] == engine.stats()["pages"]
     engine.close()
+
+
+def test_what_the_engine_has_not_seen_is_cancelled_at_once():
+    """While a step takes its time requests of a session do not pile up; the last one has the place of the first."""
+    with fake_engine(slots=1, queue=3) as engine:
+        box, calls = Outbox(), Outbox()
+        with held(engine):
+            blocker = engine.submit([9], outbox=box, max_tokens=5, ignore_eos=True)
+            wait_taken(engine)
+            stale = [engine.submit([3], outbox=calls, max_tokens=1, session="s")]
+            other = engine.submit([4], outbox=box, max_tokens=1, ignore_eos=True, session="t")
+            stale += [engine.submit([3, i % 50], outbox=calls, max_tokens=1, session="s") for i in range(300)]
+            last = engine.submit([5], outbox=box, max_tokens=1, ignore_eos=True, session="s")
+            ended = drain(calls, stale, 5)
+            assert all((tokens, chunk.finish_reason, chunk.index) == ([], "cancelled", 0) for tokens, chunk in ended.values())
+            stats = engine.stats()
+            assert stats["waiting"] == 2 and stats["finished"]["cancelled"] == 301
+            assert not engine.cancel(stale[-1])
+        order = []
+        while len(order) < 3:
+            order += [c.uid for c in box.poll(5) if c.finish_reason]
+        assert order == [blocker, last, other]
 
 
 def test_salts_sessions_and_ended_requests_are_apart():

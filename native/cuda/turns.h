@@ -1,6 +1,7 @@
 // The steps of one process on one device take turns. Blocks of the streaming matrix kernel, of attention beside it and of the prefill
 // matrix kernel wait for other blocks of their own launch or of the one before it: those must find room on the device, which they would not
 // for as long as blocks of another stream's step hold it and wait for theirs. Kernels that wait for none (loading, copies) run at any time.
+// A step on several devices, whose ranks wait for each other, would have to take the turns of all of them at once, in one order.
 // Processes have the device in time slices, whole, so they need no turns; under MPS they share it, which engines of two must not.
 #pragma once
 #include <cuda_runtime.h>

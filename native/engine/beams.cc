@@ -74,8 +74,11 @@ void Engine::stop_beams(const Live& live) {
 
 void Engine::deliver_beams(Live& live, Finish finish, const std::string& error) {
   const int64_t first = live.uid;
-  std::vector<BeamSearch::Beam> best = std::move(live.beams->finished());
-  best.insert(best.end(), live.beams->running().begin(), live.beams->running().end());  // of a search that was ended
+  std::vector<BeamSearch::Beam> best;
+  if (live.beams) {  // it has begun
+    best = std::move(live.beams->finished());
+    best.insert(best.end(), live.beams->running().begin(), live.beams->running().end());  // of a search that was ended
+  }
   for (size_t i = 0; i < size_t(live.request.beams.count); ++i) {
     live.uid = first + int64_t(i);
     live.output_tokens = 0;

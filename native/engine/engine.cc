@@ -15,8 +15,6 @@ Reuse reuse_of(const std::string& prefix_cache, bool rows_alike) {
   return rows_alike || prefix_cache == "generated" ? Reuse::any_rows : Reuse::same_rows;
 }
 
-int64_t samples_of(const Step& s) { return int64_t(s.sampled.size()); }
-
 }  // namespace
 
 Engine::Live::Live(int64_t id, Request&& r, const TokenBytes* table)
@@ -65,7 +63,8 @@ int64_t Engine::submit(Request request) {
     throw;
   }
   auto live = std::make_unique<Live>(0, std::move(request), &token_bytes_);
-  std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<std::unique_ptr<Live>> unseen;  // stale ones that the engine's thread has not taken
+  std::unique_lock<std::mutex> lock(mutex_);
   if (live->request.beside < 0 || live->request.beside >= next_uid_) {
     ++stats_.refused;
     throw ValueError(cat("beside is ", live->request.beside, "; expected 0 or the uid of an earlier request"));
@@ -83,11 +82,32 @@ int64_t Engine::submit(Request request) {
   for (size_t i = 0; i < texts; ++i) alive_.emplace(next_uid_++, uid);
   const std::vector<int64_t> stale = sessions_.join(live->session, uid, int(texts), live->request.beside);
   if (!stale.empty() && stale[0] != uid) live->supersedes = stale[0];
-  cancels_.insert(cancels_.end(), stale.begin(), stale.end());
-  incoming_.push_back(std::move(live));
+  replace_unseen(stale, std::move(live), &unseen);
+  for (const auto& old : unseen) forget(*old, Finish::cancelled);
+  for (int64_t old : stale)
+    if (alive_.count(old)) cancels_.push_back(old);
   ++stats_.submitted;
   wake_.notify_one();
+  lock.unlock();
+  for (const auto& old : unseen) deliver_all(*old, Finish::cancelled, "");
   return uid;
+}
+
+// Adds live to incoming_, in the place of the first of the stale ones there; these go to unseen.
+void Engine::replace_unseen(const std::vector<int64_t>& stale, std::unique_ptr<Live> live, std::vector<std::unique_ptr<Live>>* unseen) {
+  for (auto it = incoming_.begin(); !stale.empty() && it != incoming_.end();) {
+    if (std::find(stale.begin(), stale.end(), (*it)->uid) == stale.end()) {
+      ++it;
+      continue;
+    }
+    if (live && live->supersedes == (*it)->uid) live->supersedes = (*it)->supersedes;
+    unseen->push_back(std::move(*it));
+    if (live)
+      *it++ = std::move(live);
+    else
+      it = incoming_.erase(it);
+  }
+  if (live) incoming_.push_back(std::move(live));
 }
 
 bool Engine::cancel(int64_t uid) {
@@ -108,14 +128,16 @@ EngineStats Engine::stats() const {
 }
 
 void Engine::close(double drain_s) {
-  std::lock_guard<std::mutex> one_at_a_time(close_mutex_);
   {
     std::unique_lock<std::mutex> lock(mutex_);
     closing_ = true;
-    if (drain_s > 0) drained_.wait_for(lock, std::chrono::duration<double>(std::min(drain_s, 1e6)), [this] { return alive_.empty(); });
+    const auto drained = [this] { return stop_ || alive_.empty(); };
+    if (drain_s > 0) drained_.wait_for(lock, std::chrono::duration<double>(std::min(drain_s, 1e6)), drained);
     stop_ = true;
     wake_.notify_one();
+    drained_.notify_all();
   }
+  std::lock_guard<std::mutex> one_at_a_time(close_mutex_);
   if (thread_.joinable()) thread_.join();
 }
 
@@ -139,156 +161,6 @@ void Engine::run() {
   end_all(error.empty() ? Finish::cancelled : Finish::error, error);
 }
 
-// At most depth_ steps are in flight; the host's work on one overlaps the device's on the next.
-void Engine::serve() {
-  while (take_commands()) {
-    while (launches_ > collects_ && scheduler_.needs_results()) collect();
-    const bool launched = launch();
-    const int64_t in_flight = launches_ - collects_;
-    if (!launched && in_flight == 0 && !live_.empty()) throw std::logic_error("scheduler: requests are waiting, but none can run");
-    if (in_flight >= (launched ? depth_ : 1)) collect();
-  }
-  while (collects_ < launches_) collect();
-}
-
-void Engine::copy_stats() {
-  stats_.running = scheduler_.running();
-  stats_.waiting = scheduler_.waiting();
-  stats_.free_pages = scheduler_.free_pages();
-  stats_.cached_pages = scheduler_.cached_pages();
-  stats_.preemptions = scheduler_.preemptions();
-  stats_.evictions = scheduler_.evictions();
-}
-
-bool Engine::take_commands() {
-  std::vector<std::unique_ptr<Live>> incoming;
-  std::vector<int64_t> cancels;
-  {
-    std::unique_lock<std::mutex> lock(mutex_);
-    copy_stats();
-    const bool idle = live_.empty() && launches_ == collects_;
-    if (idle) wake_.wait(lock, [this] { return stop_ || !incoming_.empty() || !cancels_.empty(); });
-    if (stop_) return false;
-    incoming.swap(incoming_);
-    cancels.swap(cancels_);
-  }
-  for (auto& live : incoming) {
-    Request& r = live->request;
-    if (r.max_time_ms > 0) deadlines_.emplace(live->submitted + std::chrono::milliseconds(r.max_time_ms), Late{live->uid, Finish::time});
-    if (r.deadline_ms > 0) deadlines_.emplace(live->submitted + std::chrono::milliseconds(r.deadline_ms), Late{live->uid, Finish::deadline});
-    if (r.beams.width > 1) {
-      live->beams = std::make_unique<BeamSearch>(r.beams, r.max_tokens, r.eos_ids, live->text);
-      if (!r.bad_words.empty()) live->bad_words = word_list(r);
-      run_beams(*live);
-    } else {
-      const Limits& limits = scheduler_.limits();
-      const int64_t size = int64_t(r.prompt.size());  // the prefix may be spelled with a token a byte, as far as there is room
-      live->most = int(std::min({int64_t(r.max_tokens) + int64_t(r.prefix.size()), limits.max_len - size, int64_t(limits.pages) * kPageTokens + 1 - size}));
-      scheduler_.add(live->uid, r.prompt, live->most, r.sample, std::move(r.rules), r.cache_salt, live->supersedes, r.prefix_ids);
-    }
-    live_.emplace(live->uid, std::move(live));
-  }
-  for (int64_t uid : cancels) end(uid, Finish::cancelled);
-  if (deadlines_.size() > 2 * live_.size() + 1024) forget_deadlines();
-  end_late();
-  return true;
-}
-
-// Of requests that have ended.
-void Engine::forget_deadlines() {
-  decltype(deadlines_) left;
-  for (; !deadlines_.empty(); deadlines_.pop())
-    if (live_.count(deadlines_.top().second.first)) left.push(deadlines_.top());
-  deadlines_.swap(left);
-}
-
-void Engine::end_late() {
-  if (deadlines_.empty()) return;
-  const Clock::time_point now = Clock::now(), none{};
-  for (; !deadlines_.empty() && deadlines_.top().first <= now; deadlines_.pop()) {
-    const auto [uid, finish] = deadlines_.top().second;
-    const auto it = live_.find(uid);
-    if (finish == Finish::deadline && it != live_.end() && it->second->first != none) continue;
-    end(uid, finish);
-  }
-}
-
-bool Engine::launch() {
-  const int ticket = int(launches_ & 1);
-  Step& step = steps_[ticket];
-  if (!scheduler_.schedule(&batches_[ticket], &step)) return false;
-  launched_[ticket] = Clock::now();
-  int64_t cached = 0;
-  for (const Admission& a : step.admitted) {
-    Live& live = *live_.at(a.uid < 0 ? beam_rows_.at(a.uid).first : a.uid);
-    if (live.started != Clock::time_point()) continue;  // a later row of a beam
-    live.started = launched_[ticket];
-    cached += live.cached_tokens = a.cached;
-  }
-  if (cached > 0) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    stats_.cached_tokens += cached;
-  }
-  runner_->launch(batches_[ticket], ticket);
-  ++launches_;
-  return true;
-}
-
-void Engine::collect() {
-  const int ticket = int(collects_ & 1);
-  const Step& step = steps_[ticket];
-  const Sampled sampled = runner_->collect(ticket);
-  ++collects_;
-  if (int64_t(sampled.token.size()) < samples_of(step) || int64_t(sampled.logprob.size()) < samples_of(step))
-    throw std::logic_error(cat("runner: ", sampled.token.size(), " samples; expected ", samples_of(step)));
-  const Clock::time_point now = Clock::now();
-  const double took = seconds(std::max(launched_[ticket], collected_), now);
-  collected_ = now;
-  size_t used = 0;
-  for (size_t i = 0; i < step.sampled.size(); ++i)
-    if (scheduler_.accept(step.sampled[i], sampled.token[i])) used_[used++] = i;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);  // before the outputs: who has the last one sees its step counted
-    ++stats_.steps;
-    stats_.prefill_tokens += step.prompt_rows;
-    stats_.decode_tokens += int64_t(used);
-    stats_.wasted_rows += samples_of(step) - int64_t(used);
-    stats_.step_s = stats_.steps == 1 ? took : stats_.step_s + 0.1 * (took - stats_.step_s);
-  }
-  for (size_t k = 0; k < used; ++k) {
-    const size_t i = used_[k];
-    if (step.sampled[i] < 0) {
-      Live& live = *live_.at(beam_rows_.at(step.sampled[i]).first);
-      if (live.first == Clock::time_point()) live.first = now;
-      take_beam(step.sampled[i], sampled.top_token.data() + i * kTopTokens, sampled.top_logprob.data() + i * kTopTokens);
-      continue;
-    }
-    const auto it = live_.find(step.sampled[i]);
-    if (it == live_.end()) continue;  // ended by an earlier sample of this step
-    Live& live = *it->second;
-    if (live.text.pushed() == 0) live.first = now;
-    TopTokens top;
-    if (const int k = live.request.sample.top_tokens; k > 0) {
-      const size_t begin = i * kTopTokens;
-      top.tokens.assign(sampled.top_token.begin() + int64_t(begin), sampled.top_token.begin() + int64_t(begin) + k);
-      top.logprobs.assign(sampled.top_logprob.begin() + int64_t(begin), sampled.top_logprob.begin() + int64_t(begin) + k);
-    }
-    advance(live, sampled.token[i], sampled.logprob[i], std::move(top));
-  }
-}
-
-void Engine::advance(Live& live, int32_t token, float logprob, TopTokens top) {
-  const Request& r = live.request;
-  const bool typing = live.text.typing(), may_end = live.text.pushed() >= r.min_tokens && !typing;
-  if (may_end && std::find(r.eos_ids.begin(), r.eos_ids.end(), token) != r.eos_ids.end()) return end(live.uid, Finish::eos);
-  if (live.text.push(token, logprob, std::move(top))) return end(live.uid, Finish::stop);
-  if (live.text.pushed() == r.max_tokens || ++live.chosen == live.most) return end(live.uid, Finish::length);
-  if (typing && !live.text.typing()) scheduler_.limit(live.uid, r.max_tokens - live.text.pushed());
-  if (!r.stream) return;
-  live.text.release(false, &live.piece);
-  if (!live.piece.tokens.empty()) deliver(live, Finish::none, "");
-}
-
 void Engine::end(int64_t uid, Finish finish, const std::string& error) {
   auto it = live_.find(uid);
   if (it == live_.end()) return;
@@ -296,22 +168,31 @@ void Engine::end(int64_t uid, Finish finish, const std::string& error) {
   live_.erase(it);
   scheduler_.remove(uid);
   stop_beams(*live);
-  live->text.release(true, &live->piece);
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (int i = 0; i < live->request.beams.count; ++i) {
-      alive_.erase(uid + i);
-      const bool found = live->beams && finish == Finish::length;
-      ++stats_.finished[size_t(found ? live->beams->finished()[size_t(i)].finish : finish)];
-    }
-    sessions_.leave(live->session, uid, live->request.beams.count);
+    forget(*live, finish);
     copy_stats();
     if (alive_.empty()) drained_.notify_all();
   }
-  if (live->beams)
-    deliver_beams(*live, finish, error);
-  else
-    deliver(*live, finish, error);
+  deliver_all(*live, finish, error);
+}
+
+// A request has ended; mutex_ is held.
+void Engine::forget(const Live& live, Finish finish) {
+  const int count = live.request.beams.count;
+  for (int i = 0; i < count; ++i) {
+    alive_.erase(live.uid + i);
+    const bool found = live.beams && finish == Finish::length;
+    ++stats_.finished[size_t(found ? live.beams->finished()[size_t(i)].finish : finish)];
+  }
+  sessions_.leave(live.session, live.uid, count);
+}
+
+// The last output of each text.
+void Engine::deliver_all(Live& live, Finish finish, const std::string& error) {
+  if (live.request.beams.width > 1) return deliver_beams(live, finish, error);
+  live.text.release(true, &live.piece);
+  deliver(live, finish, error);
 }
 
 void Engine::end_all(Finish finish, const std::string& error) {

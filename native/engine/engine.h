@@ -98,7 +98,8 @@ class Engine {
   // False when there is no such request or it has ended. The last output of a cancelled request has Finish::cancelled.
   bool cancel(int64_t uid);
   EngineStats stats() const;
-  // Admits nothing more, lets requests finish for up to drain_s seconds, cancels the rest, ends the thread. May be repeated.
+  // Admits nothing more, lets requests finish for up to drain_s seconds, cancels the rest, ends the thread. May be repeated, which may
+  // shorten the time that others give them.
   void close(double drain_s);
 
  private:
@@ -132,6 +133,10 @@ class Engine {
   void deliver_beams(Live& live, Finish finish, const std::string& error);
   void run();
   void serve();
+  void replace_unseen(const std::vector<int64_t>& stale, std::unique_ptr<Live> live, std::vector<std::unique_ptr<Live>>* unseen);
+  void add(Live& live);
+  void forget(const Live& live, Finish finish);
+  void deliver_all(Live& live, Finish finish, const std::string& error);
   void copy_stats();     // the scheduler's; mutex_ is held
   bool take_commands();  // false: the thread is to end
   void forget_deadlines();
@@ -168,7 +173,7 @@ class Engine {
   // shared
   mutable std::mutex mutex_;
   std::condition_variable wake_;    // for the engine thread: a command or the end
-  std::condition_variable drained_; // for close: no request is alive
+  std::condition_variable drained_; // for close: no request is alive, or no longer waited for
   std::vector<std::unique_ptr<Live>> incoming_;
   std::vector<int64_t> cancels_;
   std::unordered_map<int64_t, int64_t> alive_;  // submitted and not ended -> the first uid of the request
