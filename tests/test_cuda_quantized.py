@@ -8,15 +8,16 @@ import test_cuda
 from codefuse_triton import _native
 from codefuse_triton._native import LoadError, testing
 from test_cuda import DTYPES, EPS, Both, close, greedy, rows_batch
-from test_quantize import QUIET, SIZES, pack, tool
+from test_quantize import GROUPS, QUIET, SIZES, pack, tool
 
 from helpers import make_batch, make_neox, pages_of, runner
 
 pytestmark = test_cuda.pytestmark
 
-FORMATS = ("q8_row", "q4_g128")  # that have CUDA kernels
+FORMATS = ("q8_row", "q4_g128", "q4_g64")
 SHAPES = [("q8_row", 1, 1), ("q8_row", 3, 8), ("q8_row", 111, 111), ("q8_row", 257, 192), ("q8_row", 300, 1000), ("q8_row", 1536, 640),
-          ("q8_row", 96, 5120), ("q4_g128", 1, 128), ("q4_g128", 111, 384), ("q4_g128", 300, 640), ("q4_g128", 1536, 1024), ("q4_g128", 96, 5120)]
+          ("q8_row", 96, 5120), ("q4_g128", 1, 128), ("q4_g128", 111, 384), ("q4_g128", 300, 640), ("q4_g128", 1536, 1024), ("q4_g128", 96, 5120),
+          ("q4_g64", 1, 64), ("q4_g64", 111, 192), ("q4_g64", 300, 576), ("q4_g64", 1536, 1024), ("q4_g64", 96, 5120)]
 
 
 @pytest.fixture(scope="module", params=DTYPES)
@@ -30,8 +31,9 @@ def matrix(format: str, n: int, k: int, seed: int = 0) -> dict[str, np.ndarray]:
     size = (2.0 ** rng.integers(-3, 3, (n, 1)) / np.sqrt(k)).astype(np.float32)
     if format == "q8_row":
         return _native.pack(format, rng.integers(-127, 128, (n, k)).astype(np.int8), size[:, 0] / 73)
-    scale = (size * rng.uniform(0.5, 1, (n, k // 128)) / 5).astype(np.float16)
-    return _native.pack(format, rng.integers(0, 16, (n, k)).astype(np.uint8), scale, rng.integers(0, 16, (n, k // 128)).astype(np.uint8))
+    groups = k // GROUPS[format]
+    scale = (size * rng.uniform(0.5, 1, (n, groups)) / 5).astype(np.float16)
+    return _native.pack(format, rng.integers(0, 16, (n, k)).astype(np.uint8), scale, rng.integers(0, 16, (n, groups)).astype(np.uint8))
 
 
 def size_of(*products) -> np.ndarray:
@@ -48,7 +50,8 @@ def test_repacked_weights_are_the_weights(both, format, n, k):
 
 
 @pytest.mark.parametrize("format,n,k,parts", [("q8_row", 20_000, 1024, []), ("q8_row", 9001, 5120, [1, 3000, 6000]), ("q4_g128", 30_000, 2048, [29_999, 1]),
-                                              ("q4_g128", 700, 128, [100, 200, 300, 100])])
+                                              ("q4_g128", 700, 128, [100, 200, 300, 100]), ("q4_g64", 30_000, 2048, [29_999, 1]),
+                                              ("q4_g64", 700, 192, [100, 200, 300, 100])])
 def test_large_matrices_and_parts(both, format, n, k, parts):
     """In several pieces, by several threads; pieces that are put together from several parts."""
     weight = matrix(format, n, k)
@@ -97,7 +100,8 @@ def test_one_wrong_code_shows(both):
             close(both.cuda.linear(rows_batch(3, 0), x, pack(format, wrong), format), want, EPS[both.dtype])
 
 
-@pytest.mark.parametrize("format,n,k", [("q8_row", 111, 111), ("q8_row", 2048, 1024), ("q4_g128", 520, 640), ("q4_g128", 512, 4096)])
+@pytest.mark.parametrize("format,n,k", [("q8_row", 111, 111), ("q8_row", 2048, 1024), ("q4_g128", 520, 640), ("q4_g128", 512, 4096),
+                                        ("q4_g64", 520, 576), ("q4_g64", 512, 4096)])
 def test_a_row_is_the_same_alone_and_in_any_batch(both, format, n, k):
     rng = np.random.default_rng(n)
     x, w, bias = both.round(rng.standard_normal((64 + 200, k))), matrix(format, n, k), rng.standard_normal(n).astype(np.float32)
@@ -144,8 +148,8 @@ def test_a_scale_too_large_for_float16_is_refused(format):
         ops.read_matrix(parts, format)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("na,ka,nb,kb", [(257, 256, 300, 128), (1536, 640, 2048, 640), (512, 4096, 700, 384)])
+@pytest.mark.parametrize("format,na,ka,nb,kb", [(f, *shape) for shape in [(257, 256, 300, 128), (1536, 640, 2048, 640), (512, 4096, 700, 384)] for f in FORMATS]
+                         + [("q4_g64", 257, 192, 300, 64)])
 @pytest.mark.parametrize("decode,prefill", [(1, 0), (23, 0), (64, 0), (3, 33)])
 def test_linear_pairs(both, format, na, ka, nb, kb, decode, prefill):
     rng = np.random.default_rng(na * ka + decode)
@@ -161,9 +165,3 @@ def test_linear_pairs(both, format, na, ka, nb, kb, decode, prefill):
         np.testing.assert_array_equal(both.cuda.linear_add_pair(rows_batch(1, 0), y[-1:], xa[-1:], wa, xb[-1:], wc, format), total[-1:])
         for got, want in zip(both.cuda.linear_pair(rows_batch(1, 0), xa[-1:], wa, xb[-1:], wb, format), pair):
             np.testing.assert_array_equal(got, want[-1:])
-
-
-def test_a_format_without_kernels_is_refused(both):
-    parts = pack("q4_g64", np.ones((4, 64), np.float32))
-    with pytest.raises(LoadError, match="cuda:0: format q4_g64 has no CUDA kernels yet; use q4_g128 or q8_row, or device cpu"):
-        both.cuda.read_matrix(parts, "q4_g64")

@@ -254,7 +254,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("weights", nargs="?", type=Path, help="weights directory (written by tools/convert.py)")
     p.add_argument("--random", metavar="PRESET", help="random weights of this shape (presets of tools/convert.py), made at load")
-    p.add_argument("--format", default="auto", help="of the random weights: f32, f16, bf16, q8_row, q4_g128 or q4_g64 (CPU only)")
+    p.add_argument("--format", default="auto", help="of the random weights: f32, f16, bf16, q8_row, q4_g128 or q4_g64")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--dtype", default="auto", help="of activations and KV cache: auto, float32, float16 or bfloat16")
     p.add_argument("--threads", type=int, default=0, help="CPU threads, 0: all cores")

@@ -140,14 +140,10 @@ def _gptq_run(gptq: Gptq, source: Path, work: Path, config: dict[str, Any], tens
     return run
 
 
-def _inspected(gate: Gate, source: Path, ignore: set[str], format: str, formats: dict[str, str], progress) -> Callable[[Path], dict[str, Any]]:
+def _inspected(gate: Gate, source: Path, ignore: set[str], format: str, progress) -> Callable[[Path], dict[str, Any]]:
     def inspect(result: Path) -> dict[str, Any]:
-        device = gate.device
-        if device == "auto" and "q4_g64" in formats.values():
-            device = "cpu"
-            print("measuring on the CPU: q4_g64 has no CUDA kernels yet", file=sys.stderr)
         with evaluation.as_weights(source, result, ignore) as original:
-            quality = evaluation.evaluate(original, result, calibration.open_vocab(result), gate.text, gate.name, gate.tokens, device, progress)
+            quality = evaluation.evaluate(original, result, calibration.open_vocab(result), gate.text, gate.name, gate.tokens, gate.device, progress)
         loss, limit = 100 * (quality["perplexity_ratio"][0] - 1), gate.limit(format)
         print(evaluation.shown(quality), file=sys.stderr)
         if loss > limit and not gate.accept:
@@ -200,7 +196,7 @@ def quantize(source: Path, target: Path, format: str, lm_head: str = "", dtype: 
             planned.append(Planned(t.name, t.shape, out, lambda t=t, out=out: checked(t.name, t.load(), out)))
         config["formats"] = {"matrices": format, "lm_head": head, "method": imported["method"] if imported else "gptq" if gptq else "nearest"}
         with progress_bar(sum(t.nbytes for t in planned)) if progress is None else progress as tick:
-            write_weights(target, config, planned, files, tick, _inspected(gate, source, ignore, format, formats, progress) if gate else None)
+            write_weights(target, config, planned, files, tick, _inspected(gate, source, ignore, format, progress) if gate else None)
         shutil.rmtree(work, ignore_errors=True)
     except CheckpointError as e:
         if not isinstance(e, Refused):  # the layers of a refused run are kept for one that accepts it

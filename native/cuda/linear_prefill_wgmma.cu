@@ -26,10 +26,10 @@ constexpr int kMaxStages = 8;
 [[maybe_unused]] constexpr int kOutStride = 144, kFloatStride = 272;  // bytes between their rows
 
 CODEFUSE_HD constexpr int x_bytes(int tokens) { return tokens * kChunkCols * 2; }
-// Weights of a stage: 64 columns of half a row group, with q4_g128's scales and zeros.
+// Weights of a stage: 64 columns of half a row group, with 4 bits' scales and zeros.
 template <class W>
 CODEFUSE_HD constexpr int w_bytes() {
-  return W::kScale == Scale::none ? kChunkBytes / 2 : W::kScale == Scale::row ? 8 * kTile8 : 8 * kTile4 + kScales4 / 2 + kZeros4 / 2;
+  return W::kScale == Scale::none ? kChunkBytes / 2 : W::kScale == Scale::row ? 8 * kTile8 : 8 * kTile4 + (W::kBytes - kCodes4) / 2;
 }
 template <class W>
 CODEFUSE_HD constexpr int stage_bytes(int tokens) { return (w_bytes<W>() + 1023) / 1024 * 1024 + x_bytes(tokens); }
@@ -260,13 +260,13 @@ __device__ __forceinline__ void fetch(uint8_t* to, const uint8_t* chunk, int blo
     constexpr int kTile = W::kScale == Scale::row ? kTile8 : kTile4;
     bulk_copy(to, chunk + (block * 16 + half * 8) * kTile, 8 * kTile, full);
     if constexpr (W::kScale == Scale::block) {
-      bulk_copy(to + 8 * kTile4, chunk + kCodes4 + half * (kScales4 / 2), kScales4 / 2, full);
-      bulk_copy(to + 8 * kTile4 + kScales4 / 2, chunk + kCodes4 + kScales4 + half * (kZeros4 / 2), kZeros4 / 2, full);
+      bulk_copy(to + 8 * kTile4, chunk + kCodes4 + half * (W::kScales / 2), W::kScales / 2, full);
+      bulk_copy(to + 8 * kTile4 + W::kScales / 2, chunk + kCodes4 + W::kScales + half * (W::kZeros / 2), W::kZeros / 2, full);
     }
   }
 }
 
-// The fragments of one of a stage's 8 row tiles; q4_g128's are scaled, which rounds them, as 16-bit weights are.
+// The fragments of one of a stage's 8 row tiles; those of 4 bits are scaled, which rounds them, as 16-bit weights are.
 template <class W>
 __device__ __forceinline__ void load_fragments(uint4 (&a)[4], const uint8_t* stage, int tile, int block, int lane) {
   using T = typename W::Type;
@@ -275,9 +275,9 @@ __device__ __forceinline__ void load_fragments(uint4 (&a)[4], const uint8_t* sta
   } else if constexpr (W::kScale == Scale::row) {
     fragments<W>(a, W::tile_codes(stage + tile * kTile8, lane), {});
   } else {
-    const int at = tile * 8 + lane / 4, group = block / 2;
-    const __half2 scale = *reinterpret_cast<const __half2*>(stage + 8 * kTile4 + at * 8 + group * 4);  // of row g, of row g + 8
-    fragments<W>(a, W::tile_codes(stage + tile * kTile4, lane), W::excess(load2(stage + (8 * kTile4 + kScales4 / 2 + at * 4 + group * 2))));
+    const int at = tile * 8 + lane / 4, group = block / W::kBlocks;
+    const __half2 scale = *reinterpret_cast<const __half2*>(stage + 8 * kTile4 + at * (4 * W::kGroups) + group * 4);  // of row g, of row g + 8
+    fragments<W>(a, W::tile_codes(stage + tile * kTile4, lane), W::excess(load2(stage + (8 * kTile4 + W::kScales / 2 + at * (2 * W::kGroups) + group * 2))));
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       if constexpr (std::is_same<T, __half>::value) {
@@ -486,11 +486,8 @@ void prefill_linear_wgmma(const Stream& s, DType act, const void* x, const void*
 void prefill_linear_quantized(const Stream& s, DType act, Format format, const void* x, const void* w, int T, int N, int K, const PrefillScratch& scratch,
                               const Epilogue& e) {
   const float* scale = row_scales(format, w, N, K);
-  const bool half = act == DType::f16;
-  if (format == Format::q8_row)
-    half ? choose<Weights8<__half>>(s, act, x, w, scale, T, N, K, scratch, e, -1) : choose<Weights8<__nv_bfloat16>>(s, act, x, w, scale, T, N, K, scratch, e, -1);
-  else
-    half ? choose<Weights4<__half>>(s, act, x, w, scale, T, N, K, scratch, e, -1) : choose<Weights4<__nv_bfloat16>>(s, act, x, w, scale, T, N, K, scratch, e, -1);
+  const auto run = [&](auto weights) { choose<decltype(weights)>(s, act, x, w, scale, T, N, K, scratch, e, -1); };
+  act == DType::f16 ? with_quantized<__half>(format, run) : with_quantized<__nv_bfloat16>(format, run);
 }
 
 }  // namespace codefuse::cuda

@@ -89,7 +89,6 @@ Matrix CudaOps::load_matrix(const std::vector<HostMatrix>& parts) {
   for (const HostMatrix& p : parts) out.host.rows += p.rows;
   out.host.data = out.host.scale.data = out.host.zero.data = nullptr;
   const Format format = out.host.format;
-  if (format == Format::q4_g64) throw LoadError(cat(device(), ": format q4_g64 has no CUDA kernels yet; use q4_g128 or q8_row, or device cpu"));
   out.rows = out.host.rows;
   out.cols = out.host.cols;
   if (groups_of(out.rows) > kGroupsMax || out.cols > INT32_MAX) throw LoadError(cat(device(), ": a matrix of ", out.rows, " x ", out.cols, " is too large"));

@@ -6,12 +6,12 @@ namespace codefuse::cuda {
 
 namespace {
 
-constexpr int kHalfGroup = int(kGroupCols) / 2;
-
 // 4-bit code of (row, column) in the canonical layout of formats/format.h
+template <int GROUP>
 __device__ __forceinline__ uint32_t code4(const uint8_t* codes, int64_t row, int col, int K) {
-  const uint8_t b = codes[row * (K / 2) + col / int(kGroupCols) * kHalfGroup + col % kHalfGroup];
-  return col % int(kGroupCols) < kHalfGroup ? b & 15u : b >> 4;
+  constexpr int kHalf = GROUP / 2;
+  const uint8_t b = codes[row * (K / 2) + col / GROUP * kHalf + col % kHalf];
+  return col % GROUP < kHalf ? b & 15u : b >> 4;
 }
 
 // One thread makes 16 bytes of a lane. grid: (chunks of a group, groups); rows from row group first_group on.
@@ -43,9 +43,11 @@ __global__ void pack8(const uint8_t* __restrict__ codes, const float* __restrict
 }
 
 // times16: zeros of rows g + 8 times 16 (weights.cuh)
+template <int GROUP>
 __global__ void pack4(const uint8_t* __restrict__ codes, const __half* __restrict__ scale, const uint8_t* __restrict__ zero, int rows, int K, uint8_t* __restrict__ dst,
                       int first_group, bool times16, int32_t* overflow) {
-  uint8_t* const chunk = dst + (size_t(first_group + blockIdx.y) * gridDim.x + blockIdx.x) * kBytes4;
+  constexpr int kGroups = groups4(GROUP), kScales = scales4(GROUP);
+  uint8_t* const chunk = dst + (size_t(first_group + blockIdx.y) * gridDim.x + blockIdx.x) * bytes4(GROUP);
   for (int i = threadIdx.x; i < kCodes4 / 16; i += blockDim.x) {
     const int lane = i % 32, tile = i / 32 % 16, block = i / 512, row = blockIdx.y * kGroupRows + tile * 16 + lane / 4;
     uint32_t words[4];
@@ -56,19 +58,19 @@ __global__ void pack4(const uint8_t* __restrict__ codes, const __half* __restric
 #pragma unroll
       for (int n = 0; n < 8; ++n) {  // row g, row g + 8; 8 columns on; the next column
         const int r = row + n % 2 * 8, c = col + n / 2 % 2 * 8 + n / 4;
-        words[w] |= (r < rows && c < K ? code4(codes, r, c, K) : 0u) << 4 * n;
+        words[w] |= (r < rows && c < K ? code4<GROUP>(codes, r, c, K) : 0u) << 4 * n;
       }
     }
     *reinterpret_cast<uint4*>(chunk + i * 16) = make_uint4(words[0], words[1], words[2], words[3]);
   }
-  const int groups = K / int(kGroupCols);
-  for (int i = threadIdx.x; i < kZeros4; i += blockDim.x) {
-    const int row = blockIdx.y * kGroupRows + i / 32 * 16 + i / 4 % 8 + i % 2 * 8, group = blockIdx.x * 2 + i / 2 % 2;
+  const int groups = K / GROUP;
+  for (int i = threadIdx.x; i < kGroupRows * kGroups; i += blockDim.x) {
+    const int row = blockIdx.y * kGroupRows + i / (16 * kGroups) * 16 + i / (2 * kGroups) % 8 + i % 2 * 8, group = blockIdx.x * kGroups + i / 2 % kGroups;
     const bool inside = row < rows && group < groups;
     const __half s = inside ? scale[int64_t(row) * groups + group] : __float2half(0.f);
     if (times16 && __half2float(s) * 15 > 65504.f) *overflow = 1;
     reinterpret_cast<__half*>(chunk + kCodes4)[i] = s;
-    chunk[kCodes4 + kScales4 + i] = inside ? uint8_t(zero[int64_t(row) * groups + group] << (times16 && i % 2 ? 4 : 0)) : uint8_t(0);
+    chunk[kCodes4 + kScales + i] = inside ? uint8_t(zero[int64_t(row) * groups + group] << (times16 && i % 2 ? 4 : 0)) : uint8_t(0);
   }
 }
 
@@ -76,10 +78,11 @@ __global__ void rows8(const int8_t* __restrict__ codes, const float* __restrict_
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) dst[i] = float(codes[i]) * scale[i / K];
 }
 
+template <int GROUP>
 __global__ void rows4(const uint8_t* __restrict__ codes, const __half* __restrict__ scale, const uint8_t* __restrict__ zero, int64_t n, int K, float* __restrict__ dst) {
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) {
-    const int64_t group = i / int(kGroupCols);
-    dst[i] = float(int(code4(codes, i / K, int(i % K), K)) - int(zero[group])) * __half2float(scale[group]);
+    const int64_t group = i / GROUP;
+    dst[i] = float(int(code4<GROUP>(codes, i / K, int(i % K), K)) - int(zero[group])) * __half2float(scale[group]);
   }
 }
 
@@ -156,12 +159,8 @@ void read(const Stream& s, Format f, const void* w, int N, int K, float* y) {
 
 template <class T>
 void read_any(const Stream& s, Format f, const void* w, int N, int K, float* y) {
-  if (f == Format::q8_row)
-    read<Weights8<T>>(s, f, w, N, K, y);
-  else if (f == Format::q4_g128)
-    read<Weights4<T>>(s, f, w, N, K, y);
-  else
-    read<Weights16<T>>(s, f, w, N, K, y);
+  if (!is_quantized(f)) return read<Weights16<T>>(s, f, w, N, K, y);
+  with_quantized<T>(f, [&](auto weights) { read<decltype(weights)>(s, f, w, N, K, y); });
 }
 
 template <class T>
@@ -169,10 +168,9 @@ void expand(const Stream& s, Format f, const void* w, int N, int K, void* tiles)
   dim3 grid(unsigned(chunks_of(f, K)), unsigned(groups_of(N)), 2);
   const auto* from = static_cast<const uint8_t*>(w);
   auto* to = static_cast<uint8_t*>(tiles);
-  if (f == Format::q8_row)
-    launch(s, expand_tiles<Weights8<T>>, grid, 256, 0, from, row_scales(f, w, N, K), to, int(steps_of(K)));
-  else
-    launch(s, expand_tiles<Weights4<T>>, grid, 256, 0, from, row_scales(f, w, N, K), to, int(steps_of(K)));
+  with_quantized<T>(f, [&](auto weights) {
+    launch(s, expand_tiles<decltype(weights)>, grid, 256, 0, from, row_scales(f, w, N, K), to, int(steps_of(K)));
+  });
 }
 
 }  // namespace
@@ -188,7 +186,7 @@ void repack_quantized(const Stream& s, DType act, const HostMatrix& part, int64_
     if (part.format == Format::q8_row)
       rows8<<<blocks, 256, 0, s.stream>>>(reinterpret_cast<const int8_t*>(part.data), float_scale, n, K, to);
     else
-      rows4<<<blocks, 256, 0, s.stream>>>(part.data, half_scale, part.zero.data, n, K, to);
+      (part.format == Format::q4_g128 ? rows4<128> : rows4<64>)<<<blocks, 256, 0, s.stream>>>(part.data, half_scale, part.zero.data, n, K, to);
   } else {
     dim3 grid(unsigned(chunks_of(part.format, K)), unsigned(groups_of(rows)));
     auto* to = static_cast<uint8_t*>(dst);
@@ -196,7 +194,7 @@ void repack_quantized(const Stream& s, DType act, const HostMatrix& part, int64_
     if (part.format == Format::q8_row)
       pack8<<<grid, 256, 0, s.stream>>>(part.data, float_scale, rows, K, to, const_cast<float*>(row_scales(part.format, dst, total_rows, K)), group, act == DType::f16, overflow);
     else
-      pack4<<<grid, 256, 0, s.stream>>>(part.data, half_scale, part.zero.data, rows, K, to, group, act == DType::f16, overflow);
+      (part.format == Format::q4_g128 ? pack4<128> : pack4<64>)<<<grid, 256, 0, s.stream>>>(part.data, half_scale, part.zero.data, rows, K, to, group, act == DType::f16, overflow);
   }
   check(cudaGetLastError(), "repacking weights");
 }

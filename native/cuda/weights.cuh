@@ -6,9 +6,9 @@
 //   q8_row    128 columns a chunk, the first 64 of all row tiles before the others; 16 bytes are two fragments: words (columns 2t, 2t + 1),
 //             (2t + 8, 2t + 9) of the first, then of the second; bytes 0, 2 of a word are row g, bytes 1, 3 row g + 8, as
 //             code + 128. After the chunks a float32 scale per row.
-//   q4_g128   256 columns a chunk, by 64 columns and then by row tile; 16 bytes are four fragments, a word each; digits 0, 4 of a word are
-//             columns 2t, 2t + 1 of row g, digits 1, 5 of row g + 8, digits 2, 6 columns 2t + 8, 2t + 9 of row g, digits 3, 7 of row
-//             g + 8. A chunk ends with its float16 scales and then its zeros, [row tile][g][group of 128 columns][row g, row g + 8];
+//   q4_g128,  256 columns a chunk, by 64 columns and then by row tile; 16 bytes are four fragments, a word each; digits 0, 4 of a word are
+//   q4_g64    columns 2t, 2t + 1 of row g, digits 1, 5 of row g + 8, digits 2, 6 columns 2t + 8, 2t + 9 of row g, digits 3, 7 of row
+//             g + 8. A chunk ends with its float16 scales and then its zeros, [row tile][g][group of 128 or 64 columns][row g, row g + 8];
 //             for float16, row g + 8's zero is times 16.
 //
 // Codes are the fragments; sums over them are scaled in float32.
@@ -23,15 +23,19 @@ namespace codefuse::cuda {
 
 constexpr int kTile8 = 16 * 64, kTile4 = kTile8 / 2;  // bytes of a row tile's 64 columns
 constexpr int kCols8 = 128, kBytes8 = kGroupRows * kCols8;
-constexpr int kCols4 = 256, kCodes4 = kGroupRows * kCols4 / 2, kScales4 = kGroupRows * 2 /*groups*/ * 2, kZeros4 = kGroupRows * 2;
-constexpr int kBytes4 = kCodes4 + kScales4 + kZeros4;
+constexpr int kCols4 = 256, kCodes4 = kGroupRows * kCols4 / 2;
+// of a chunk of 4-bit codes in groups of so many columns
+constexpr int groups4(int group_cols) { return kCols4 / group_cols; }
+constexpr int scales4(int group_cols) { return kGroupRows * groups4(group_cols) * 2; }  // bytes
+constexpr int zeros4(int group_cols) { return kGroupRows * groups4(group_cols); }       // bytes
+constexpr int bytes4(int group_cols) { return kCodes4 + scales4(group_cols) + zeros4(group_cols); }
 
 // of any format but float32 rows
-inline int chunk_cols(Format f) { return f == Format::q8_row ? kCols8 : f == Format::q4_g128 ? kCols4 : kChunkCols; }
+inline int chunk_cols(Format f) { return f == Format::q8_row ? kCols8 : group_cols(f) ? kCols4 : kChunkCols; }
 inline int64_t chunks_of(Format f, int64_t k) { return (k + chunk_cols(f) - 1) / chunk_cols(f); }  // of a row group
 // Bytes of the chunks, and of everything.
 inline size_t chunk_bytes(Format f, int64_t n, int64_t k) {
-  return size_t(groups_of(n)) * size_t(chunks_of(f, k)) * size_t(f == Format::q4_g128 ? kBytes4 : kChunkBytes);
+  return size_t(groups_of(n)) * size_t(chunks_of(f, k)) * size_t(group_cols(f) ? bytes4(int(group_cols(f))) : kChunkBytes);
 }
 inline size_t matrix_bytes(Format f, int64_t n, int64_t k) {
   return chunk_bytes(f, n, k) + (f == Format::q8_row ? size_t(groups_of(n)) * kGroupRows * sizeof(float) : 0);
@@ -157,14 +161,16 @@ struct Weights8 {
   }
 };
 
-template <class T>
+// GROUP: columns that share a scale and a zero
+template <class T, int GROUP>
 struct Weights4 {
   using Type = T;
   struct Group {
     uint32_t low, high;  // what is subtracted from codes of row g and of row g + 8, twice
     float2 scale;        // of the two
   };
-  static constexpr int kCols = kCols4, kBytes = kBytes4, kBlocks = 2;
+  static constexpr int kCols = kCols4, kBytes = bytes4(GROUP), kBlocks = GROUP / 64;
+  static constexpr int kGroups = groups4(GROUP), kScales = scales4(GROUP), kZeros = zeros4(GROUP);  // of a chunk; the last two in bytes
   static constexpr Scale kScale = Scale::block;
 
   // zero: of row g, and of row g + 8 in the next byte
@@ -204,12 +210,23 @@ struct Weights4 {
   template <class P>
   static __device__ __forceinline__ Group group(P chunk, int tile, int block, int lane) {
     const int at = tile * 8 + lane / 4;
-    Group g = excess(load2(chunk + (kCodes4 + kScales4 + at * 4 + block / 2 * 2)));
-    const uint32_t scales = load4(chunk + (kCodes4 + at * 8 + block / 2 * 4));
+    Group g = excess(load2(chunk + (kCodes4 + kScales + at * (2 * kGroups) + block / kBlocks * 2)));
+    const uint32_t scales = load4(chunk + (kCodes4 + at * (4 * kGroups) + block / kBlocks * 4));
     g.scale = __half22float2(as_half2(scales));
     return g;
   }
 };
+
+// fn(W()) with the W of a quantized format
+template <class T, class Fn>
+void with_quantized(Format f, const Fn& fn) {
+  switch (f) {
+    case Format::q8_row: return fn(Weights8<T>());
+    case Format::q4_g128: return fn(Weights4<T, 128>());
+    case Format::q4_g64: return fn(Weights4<T, 64>());
+    default: throw DeviceError(cat("CUDA: ", name_of(f), " is not a quantized format"));
+  }
+}
 
 #endif  // __CUDACC__
 

@@ -5,6 +5,7 @@
 //   q8_row           int8 codes -127..127 and a float32 scale per row:       w = code * scale
 //   q4_g128          4-bit codes, and for every 128 columns of a row ("group") a float16 scale and a zero 0..15:
 //                    w = (code - zero) * scale. Byte i of a group's 64 has column i in its low half, column i + 64 in its high half.
+//   q4_g64           the same, for every 64 columns: byte i of a group's 32 has columns i and i + 32
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -16,9 +17,8 @@ namespace codefuse {
 
 enum class Format : uint8_t { f32, f16, bf16, q8_row, q4_g128, q4_g64 };
 
-constexpr int64_t kGroupCols = 128;  // columns that share a scale and a zero in q4_g128
-// The same of any format: 0 where there are no groups.
-inline int64_t group_cols(Format f) { return f == Format::q4_g128 ? kGroupCols : f == Format::q4_g64 ? 64 : 0; }
+// Columns that share a scale and a zero; 0 where there are no groups.
+constexpr int64_t group_cols(Format f) { return f == Format::q4_g128 ? 128 : f == Format::q4_g64 ? 64 : 0; }
 
 const char* name_of(Format f);
 Format parse_format(const std::string& id);  // ValueError lists the known ids
