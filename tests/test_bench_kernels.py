@@ -22,7 +22,8 @@ def test_figures(tmp_path, device):
     figures = json.loads((tmp_path / "out.json").read_text())
     hidden, inter = 128, 512
     elements, rows = hidden * (4 * hidden + 2 * inter), 3 * hidden + inter + 2 * hidden  # of a layer's four matrices
-    bytes_of = {"f16": 2 * elements, "q8_row": elements + 4 * rows, "q4_g128": elements // 2 + elements // 128 * 3}
+    bytes_of = {"f16": 2 * elements, "q8_row": elements + 4 * rows, "q4_g128": elements // 2 + elements // 128 * 3,
+                "q4_g64": elements // 2 + elements // 64 * 3}
     assert list(figures["formats"]) == list(bytes_of)
     for format, f in figures["formats"].items():
         assert f["device"].startswith(device) and f["layers"] == 2 and f["weight_bytes"] == bytes_of[format]

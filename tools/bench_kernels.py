@@ -103,7 +103,7 @@ def counts(name: str, most: int) -> Any:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--preset", default="gptneox-13b", help="shape of the model (presets of tools/convert.py)")
-    p.add_argument("--formats", default="f16,q8_row,q4_g128", help="of the weights, with commas between")
+    p.add_argument("--formats", default="f16,q8_row,q4_g128,q4_g64", help="of the weights, with commas between")
     p.add_argument("--rows", type=counts("rows", _native.testing.DECODE_ROWS), default=[1], metavar="N,..", help='decode rows; "": none')
     p.add_argument("--position", type=int, default=320, help="of each decode row: so many tokens are before it")
     p.add_argument("--prefill", type=counts("prefill", 65536), default=[1024], metavar="N,..", help='prefill rows; "": none')
