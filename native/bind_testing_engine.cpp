@@ -12,7 +12,7 @@ using namespace codefuse;
 
 namespace {
 
-// While held it launches no step: what is submitted meanwhile runs together afterwards.
+// Launches as many steps as a test allows: what is submitted while that is none runs together afterwards.
 class HeldRunner final : public Runner {
  public:
   explicit HeldRunner(std::unique_ptr<Runner> inner) : inner_(std::move(inner)) {}
@@ -27,25 +27,26 @@ class HeldRunner final : public Runner {
   void launch(const Batch& batch, int ticket) override {
     {
       std::unique_lock<std::mutex> lock(mutex_);
-      released_.wait(lock, [this] { return !held_; });
+      changed_.wait(lock, [this] { return allowed_ != 0; });
+      if (allowed_ > 0) --allowed_;
     }
     inner_->launch(batch, ticket);
   }
   Sampled collect(int ticket) override { return inner_->collect(ticket); }
   std::vector<float> logits(const Batch& batch) override { return inner_->logits(batch); }
 
-  void hold(bool held) const {
+  void allow(int steps) const {
     std::lock_guard<std::mutex> lock(mutex_);
-    held_ = held;
-    released_.notify_all();
+    allowed_ = steps;
+    changed_.notify_all();
   }
   const Runner& inner() const { return *inner_; }
 
  private:
   const std::unique_ptr<Runner> inner_;
   mutable std::mutex mutex_;
-  mutable std::condition_variable released_;
-  mutable bool held_ = false;  // an Engine gives its runner as const
+  mutable std::condition_variable changed_;
+  mutable int allowed_ = -1;  // -1: any number; mutable because an Engine gives its runner as const
 };
 
 const HeldRunner& held(const Engine& e) {
@@ -79,6 +80,6 @@ void bind_testing_engine(py::module_& m) {
      py::arg("slots") = 16, py::arg("prefill_tokens") = 512, py::arg("max_len") = 0, py::arg("kv_bytes") = 0, py::arg("threads") = 0,
      py::arg("depth") = 0, py::arg("prefix_cache") = "on");
 
-  m.def("hold", [](const Engine& e, bool yes) { held(e).hold(yes); }, py::arg("engine"), py::arg("yes"), "Whether its steps are held back.");
+  m.def("allow", [](const Engine& e, int steps) { held(e).allow(steps); }, py::arg("engine"), py::arg("steps"), "So many steps from now on; -1: any number.");
   m.def("bubbles", [](const Engine& e) { return fake_bubbles(held(e).inner()); });
 }

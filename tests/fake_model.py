@@ -46,13 +46,13 @@ def held(engine: Engine, requests: int = 0) -> Iterator[None]:
     """What is submitted in its body runs together: no step begins before its end, and before `requests` have been submitted in it. engine is of
     fake_engine() or testing.held_engine()."""
     before = engine.stats()["submitted"]
-    _native.testing.hold(engine._native, True)
+    _native.testing.allow(engine._native, 0)
     try:
         yield
         while engine.stats()["submitted"] - before < requests:
             time.sleep(0.001)
     finally:
-        _native.testing.hold(engine._native, False)
+        _native.testing.allow(engine._native, -1)
 
 
 def wait_taken(engine: Engine) -> None:

@@ -53,12 +53,11 @@ def work(paths: list[str]) -> None:
         t.join()
     ended.set()
     other.join()
-    for e, engine in enumerate(engines):
+    for e in range(2):
         assert together[e] == alone[e], f"engine {e}"
-        assert engine.stats()["error"] == ""
-        engine.close()
-        if e == 0:  # the other one goes on alone
-            assert texts(engines[1], 0) == alone[1][0]
+        assert engines[e].stats()["error"] == ""
+    engines.pop(0).close()  # and its memory goes: the other one goes on alone
+    assert texts(engines[0], 0) == alone[1][0]
     assert loads and all(said == loads[0] for said in loads)
     print(f"{len(loads)} loads")
 

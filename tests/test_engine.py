@@ -6,6 +6,7 @@ import time
 import numpy as np
 import pytest
 from codefuse_triton import DeviceError, Outbox, QueueFull
+from codefuse_triton._native import testing
 from fake_model import expected, fake_engine, held, letters, wait_taken
 
 PROMPT = [5, 6, 7]
@@ -68,19 +69,23 @@ def test_top_logprobs_go_with_their_tokens(engine):
 
 
 def test_tokens_come_one_by_one():
-    with slow() as e:
-        chunks = list(e.stream(PROMPT, max_tokens=10, ignore_eos=True))
-    assert len(chunks) >= 8
-    assert chunks[-1].prefill_s > 0.002 and chunks[-1].decode_s > 0.02 and chunks[-1].queue_s < 0.05
+    chunks, start = [], time.monotonic()
+    with slow(depth=1) as e, held(e):
+        stream = e.stream(PROMPT, max_tokens=10, seed=1, ignore_eos=True)
+        for _ in range(10):
+            testing.allow(e._native, 1)
+            chunks.append(next(stream))
+        elapsed = time.monotonic() - start
+    assert [c.token_ids.tolist() for c in chunks] == [[t] for t in expected(PROMPT, 10, 1, eos=())[0]]
+    last = chunks[-1]
+    assert last.finish_reason == "length" and last.prefill_s > 0.002 and last.decode_s > 0.02 and last.queue_s + last.prefill_s + last.decode_s < elapsed
 
 
 def test_chunks_that_wait_are_merged():
     box = Outbox()
     with fake_engine() as e:
         uid = e.submit(PROMPT, outbox=box, max_tokens=20, seed=1, ignore_eos=True)
-        while e.stats()["finished"]["length"] == 0:
-            pass
-        time.sleep(0.05)
+        e.close(20)
         (c,) = box.poll(1)
         assert c.uid == uid and c.token_ids.tolist() == expected(PROMPT, 20, 1, eos=())[0] and c.finish_reason == "length"
         assert c.text == b"".join(letters()[t] for t in c.token_ids) and c.logprobs.size == 0
@@ -264,9 +269,13 @@ def test_cancel_in_every_place():
         assert ends[queued][-1].finish_reason == "cancelled" and ends[queued][-1].num_output_tokens == 0
         got += [t for c in ends[decoding] for t in c.token_ids]
         assert got == expected(PROMPT, 200, 2, eos=())[0][: len(got)] and ends[decoding][-1].num_output_tokens == len(got)
-        prefilling = e.submit([1] * 200, outbox=box, max_tokens=10)
-        time.sleep(0.02)
-        assert e.cancel(prefilling)
+        before = e.stats()["steps"]
+        with held(e):
+            prefilling = e.submit([1] * 200, outbox=box, max_tokens=10)
+            testing.allow(e._native, 3)
+            while e.stats()["steps"] < before + 2:
+                time.sleep(0.001)
+            assert e.cancel(prefilling)
         (chunk,) = drain(box, [prefilling])[prefilling]
         assert chunk.finish_reason == "cancelled" and chunk.num_output_tokens == 0
         assert not e.cancel(prefilling) and not e.cancel(0)
@@ -330,13 +339,12 @@ def test_close_cancels():
 
 
 def test_close_drains():
-    e, box = slow(slots=1), Outbox()
+    e, box = slow(slots=1, queue=2), Outbox()
     uids = [e.submit(PROMPT, outbox=box, max_tokens=10, ignore_eos=True) for _ in range(3)]
     closer = threading.Thread(target=e.close, args=(20,))
-    closer.start()
-    time.sleep(0.02)
-    with pytest.raises(RuntimeError, match="the engine is closed"):
-        e.submit(PROMPT, outbox=box)
+    with held(e):
+        closer.start()
+        wait_closing(e)
     assert all(c[-1].finish_reason == "length" for c in drain(box, uids).values())
     closer.join(5)
     assert not closer.is_alive()
