@@ -182,6 +182,7 @@ PYBIND11_MODULE(_native, m) {
   py::register_exception<DeviceError>(m, "DeviceError", PyExc_RuntimeError);
   py::register_exception<QueueFull>(m, "QueueFull", PyExc_RuntimeError);
 
+  m.def("check_device", &check_device, py::arg("device"));
   m.def("devices", [] {
     const Devices d = devices();
     std::vector<std::string> names;

@@ -31,6 +31,8 @@ import codefuse_triton
 from codefuse_triton import Engine, Outbox
 from codefuse_triton._native import read_bandwidth
 
+from arguments import DTYPES, device, integer, output, several
+
 SHAPES = "16/8,64/32,256/128,1024/512"
 ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -255,18 +257,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("weights", nargs="?", type=Path, help="weights directory (written by tools/convert.py)")
     p.add_argument("--random", metavar="PRESET", help="random weights of this shape (presets of tools/convert.py), made at load")
     p.add_argument("--format", default="auto", help="of the random weights: f32, f16, bf16, q8_row, q4_g128 or q4_g64")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument("--dtype", default="auto", help="of activations and KV cache: auto, float32, float16 or bfloat16")
-    p.add_argument("--threads", type=int, default=0, help="CPU threads, 0: all cores")
-    p.add_argument("--shapes", type=lambda s: [Shape.parse(x) for x in s.split(",") if x], default=SHAPES, help="in/out tokens, comma separated")
-    p.add_argument("--streams", type=lambda s: [int(x) for x in s.split(",") if x], default="1,8,32,64", help="numbers of streams, comma separated")
+    p.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--dtype", default="auto", choices=DTYPES, help="of activations and KV cache: auto, float32, float16 or bfloat16")
+    p.add_argument("--threads", type=integer(0, 1024), default=0, help="CPU threads, 0: all cores")
+    p.add_argument("--shapes", type=several(Shape.parse), default=SHAPES, help="in/out tokens, comma separated")
+    p.add_argument("--streams", type=several(integer(1, 64)), default="1,8,32,64", help="numbers of streams, comma separated")
     p.add_argument("--stream-shape", type=Shape.parse, default="256/128")
-    p.add_argument("--prefill-tokens", type=int, default=512, help="prompt tokens of one step")
-    p.add_argument("--max-len", type=int, default=0, help="0: the model's")
-    p.add_argument("--repeats", type=int, default=5)
-    p.add_argument("--seed", type=int, default=0, help="of the prompts")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON too")
-    p.add_argument("--plot", type=Path, metavar="FILE.png", help="draw them (needs matplotlib)")
+    p.add_argument("--prefill-tokens", type=integer(1), default=512, help="prompt tokens of one step")
+    p.add_argument("--max-len", type=integer(0), default=0, help="0: the model's")
+    p.add_argument("--repeats", type=integer(1), default=5)
+    p.add_argument("--seed", type=integer(0), default=0, help="of the prompts")
+    p.add_argument("--json", type=output, metavar="FILE", help="write the figures as JSON too")
+    p.add_argument("--plot", type=output, metavar="FILE.png", help="draw them (needs matplotlib)")
     p.add_argument("--beside", choices=["transformers"], help="run a peer in turn with the engine and print the ratio")
     p.add_argument("--hf", type=Path, metavar="DIR", help="the peer's checkpoint; with --random the peer gets random weights too")
     a = p.parse_args(argv)
@@ -274,8 +276,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error("give either a weights directory or --random PRESET")
     if a.beside and not (a.hf or a.random):
         p.error("--beside transformers needs --hf DIR, the Hugging Face checkpoint that the weights were converted from")
-    if a.repeats < 1 or any(n < 1 for n in a.streams):
-        p.error("--repeats and --streams must be 1 or more")
     return a
 
 

@@ -29,6 +29,8 @@ from codefuse_triton import Engine, Outbox, QueueFull
 from codefuse_triton.prompt import Prompt, make_prompt
 from codefuse_triton.vocab import Vocab
 
+from arguments import DTYPES, device, integer, number, output
+
 HELD_OUT = Path(__file__).parent / "demo" / "heldout.jsonl"
 MEAN_MS, DEVIATION_MS = 239.0, 112.0  # over typists, of their mean time between keys
 VARIANTS = {"neither": (False, "off"), "cache": (False, "on"), "sessions": (True, "off"), "both": (True, "on")}  # session, prefix_cache
@@ -112,27 +114,22 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("weights", type=Path, help="weights directory with its tokenizer")
-    p.add_argument("--typists", type=int, default=50)
-    p.add_argument("--seconds", type=float, default=15, help="of typing")
-    p.add_argument("--max-tokens", type=int, default=32, help="of a completion")
-    p.add_argument("--context", type=int, default=1500, help="characters in front of the first key")
-    p.add_argument("--spread", type=float, default=0.6)
-    p.add_argument("--pause", type=float, default=500)
+    p.add_argument("--typists", type=integer(1), default=50)
+    p.add_argument("--seconds", type=number(0, above=True), default=15, help="of typing")
+    p.add_argument("--max-tokens", type=integer(1), default=32, help="of a completion")
+    p.add_argument("--context", type=integer(1), default=1500, help="characters in front of the first key")
+    p.add_argument("--spread", type=number(0), default=0.6)
+    p.add_argument("--pause", type=number(0), default=500)
     p.add_argument("--variants", default=",".join(VARIANTS), help="of: %(default)s")
-    p.add_argument("--device", default="auto")
-    p.add_argument("--dtype", default="auto")
-    p.add_argument("--slots", type=int, default=16)
-    p.add_argument("--prefill-tokens", type=int, default=512)
-    p.add_argument("--kv-memory-mb", type=int, default=0)
-    p.add_argument("--threads", type=int, default=0)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--json", type=Path)
+    p.add_argument("--device", type=device, default="auto")
+    p.add_argument("--dtype", default="auto", choices=DTYPES)
+    p.add_argument("--slots", type=integer(1, 64), default=16)
+    p.add_argument("--prefill-tokens", type=integer(1), default=512)
+    p.add_argument("--kv-memory-mb", type=integer(0, 2**24), default=0)
+    p.add_argument("--threads", type=integer(0, 1024), default=0)
+    p.add_argument("--seed", type=integer(0), default=0)
+    p.add_argument("--json", type=output)
     a = p.parse_args(argv)
-    for name in ("typists", "max_tokens", "context"):
-        if getattr(a, name) < 1:
-            p.error(f"--{name.replace('_', '-')} is {getattr(a, name)}; expected 1 or more")
-    if not a.seconds > 0 or a.spread < 0 or a.pause < 0:
-        p.error("--seconds is above 0, --spread and --pause are 0 or more")
     unknown = [v for v in a.variants.split(",") if v not in VARIANTS]
     if unknown:
         p.error(f"--variants has {unknown[0]!r}; expected some of {', '.join(VARIANTS)}")
@@ -144,17 +141,21 @@ def main(argv: list[str] | None = None) -> int:
     texts = [t for t in (json.loads(line).get("text", "") for line in HELD_OUT.read_text().splitlines()) if len(t) > 2000]
     keys = make_keys(texts, a.typists, a.seconds, a.spread, a.pause, a.context, a.seed)
     results: dict[str, dict[str, Any]] = {}
-    vocab = Vocab.load(a.weights)
-    started = time.perf_counter()
-    prompts = [make_prompt(vocab, key.prompt) for key in keys]
-    tokenizing_ms = 1e3 * (time.perf_counter() - started) / max(1, len(keys))
-    for name in a.variants.split(","):
-        sessions, cache = VARIANTS[name]
-        with Engine(a.weights, device=a.device, dtype=a.dtype, slots=a.slots, prefill_tokens=a.prefill_tokens, kv_memory_mb=a.kv_memory_mb,
-                    threads=a.threads, prefix_cache=cache) as engine:
-            print(f"{name} on {engine.device}: {len(keys)} keys of {a.typists} typists ...", file=sys.stderr, flush=True)
-            engine.generate(texts[0][:200], max_tokens=4)  # warms up
-            results[name] = replay(engine, keys, prompts, sessions, a.max_tokens)
+    try:
+        vocab = Vocab.load(a.weights)
+        started = time.perf_counter()
+        prompts = [make_prompt(vocab, key.prompt) for key in keys]
+        tokenizing_ms = 1e3 * (time.perf_counter() - started) / max(1, len(keys))
+        for name in a.variants.split(","):
+            sessions, cache = VARIANTS[name]
+            with Engine(a.weights, device=a.device, dtype=a.dtype, slots=a.slots, prefill_tokens=a.prefill_tokens, kv_memory_mb=a.kv_memory_mb,
+                        threads=a.threads, prefix_cache=cache) as engine:
+                print(f"{name} on {engine.device}: {len(keys)} keys of {a.typists} typists ...", file=sys.stderr, flush=True)
+                engine.generate(texts[0][:200], max_tokens=4)  # warms up
+                results[name] = replay(engine, keys, prompts, sessions, a.max_tokens)
+    except (ValueError, RuntimeError, OSError) as e:
+        print(f"bench_keystrokes: {e}", file=sys.stderr)
+        return 1
     print(f"{table(results)}\n\ntokenizing a prompt, beforehand: {tokenizing_ms:.2f} ms")
     if a.json:
         a.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -24,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from arguments import DTYPES, integer, output
+
 PROMPT_TOKENS = 16
 
 
@@ -38,14 +40,18 @@ class _Memory(threading.Thread):
 
     def run(self) -> None:
         while not self._done.wait(0.005):
-            for line in Path("/proc/self/status").read_text().splitlines():
-                key, _, value = line.partition(":")
-                if key in ("RssAnon", "RssFile", "RssShmem", "VmHWM"):
-                    self.peak[key] = max(self.peak.get(key, 0), int(value.split()[0]) * 1024)
+            self._sample()
+
+    def _sample(self) -> None:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key in ("RssAnon", "RssFile", "RssShmem", "VmHWM"):
+                self.peak[key] = max(self.peak.get(key, 0), int(value.split()[0]) * 1024)
 
     def stop(self) -> dict[str, int]:
         self._done.set()
         self.join()
+        self._sample()
         return self.peak
 
 
@@ -120,20 +126,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--write", type=Path, metavar="DIR", help="where to; a directory that does not exist yet")
     p.add_argument("--keep", action="store_true", help="leave the random weights there")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument("--dtype", default="auto", help="of activations and KV cache")
-    p.add_argument("--slots", type=int, default=16)
-    p.add_argument("--max-len", type=int, default=0, help="0: the model's")
-    p.add_argument("--threads", type=int, default=0, help="CPU threads, 0: all cores")
-    p.add_argument("--repeats", type=int, default=3)
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON too")
+    p.add_argument("--dtype", default="auto", choices=DTYPES, help="of activations and KV cache")
+    p.add_argument("--slots", type=integer(1, 64), default=16)
+    p.add_argument("--max-len", type=integer(0), default=0, help="0: the model's")
+    p.add_argument("--threads", type=integer(0, 1024), default=0, help="CPU threads, 0: all cores")
+    p.add_argument("--repeats", type=integer(1), default=3)
+    p.add_argument("--json", type=output, metavar="FILE", help="write the figures as JSON too")
     p.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     a = p.parse_args(argv)
     if (a.weights is None) == (a.random is None) or (a.random is None) != (a.write is None):
         p.error("give either a weights directory, or --random PRESET and --write DIR")
     if a.write and a.write.exists():
         p.error(f"--write {a.write} exists; name a directory to be made")
-    if a.repeats < 1:
-        p.error("--repeats must be 1 or more")
     return a
 
 
@@ -144,9 +148,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from datetime import datetime, timezone
 
+    from codefuse_triton._native import check_device
+
     from bench_engine import device_name, git_commit
     weights, write_s = a.weights, 0.0
     try:
+        check_device(a.device)  # here: in the child it would take part of the load
         if a.random:
             from convert import PRESETS, write_random
             if a.random not in PRESETS:

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from codefuse_triton import _native
 
+from arguments import integer
 from checkpoint import BF16, CheckpointError, TensorInfo, open_checkpoint, read_json
 from ft_directory import is_ft_directory, open_ft_directory
 from hf_models import PRESETS, Plan, Source, plan_for
@@ -169,10 +170,10 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--random", choices=list(PRESETS), help="random weights of this shape instead of a checkpoint")
     p.add_argument("--format", choices=["auto", *DTYPES, *FORMATS], help="with --random: format of its matrices (auto: --dtype, else f16)")
     p.add_argument("--write", action="store_true", help="with --random: write the weights to disk instead of making them at load")
-    p.add_argument("--seed", type=int, default=0, help="with --random")
+    p.add_argument("--seed", type=integer(0, 2**53), default=0, help="with --random")
     a = p.parse_args(argv)
     if (a.source is None) == (a.random is None):
-        p.error("give either a checkpoint directory or --random PRESET")
+        p.error("give a checkpoint directory and the target, or the target and --random PRESET")
     if a.format and not a.random:
         p.error("--format is for --random; tools/quantize.py quantizes a checkpoint")
     try:

@@ -42,6 +42,7 @@ def names_of(name: str) -> dict[str, str]:
 @contextlib.contextmanager
 def _stage(repository: Path, name: str) -> Iterator[Path]:
     """A directory on the repository's file system and outside it, if that can be: Triton takes every directory in it for a model."""
+    new = not repository.exists()
     repository.mkdir(parents=True, exist_ok=True)
     place = repository.parent if repository.parent.stat().st_dev == repository.stat().st_dev and os.access(repository.parent, os.W_OK) else repository
     start = f".{repository.name}-deploy-{name}-"
@@ -55,6 +56,9 @@ def _stage(repository: Path, name: str) -> Iterator[Path]:
         yield stage
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+        if new:
+            with contextlib.suppress(OSError):  # it has a model now
+                repository.rmdir()
 
 
 def _undo(stage: Path, repository: Path, name: str) -> None:

@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from codefuse_triton import LoadError, Vocab
+from codefuse_triton import DeviceError, LoadError, Vocab
 from codefuse_triton._native import testing
 
 import calibration
+from arguments import device, integer
 from checkpoint import CheckpointError, is_weights_directory, read_json
 from convert import convert, progress_bar
 
@@ -174,19 +175,17 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("original", type=Path, help="weights directory or checkpoint")
     p.add_argument("quantized", type=Path, help="weights directory, with the tokenizer")
     p.add_argument("--text", type=Path, help="text file, .jsonl with a key \"text\", or directory; default: the held-out sample of the demo corpus")
-    p.add_argument("--tokens", type=int, default=TOKENS, help=f"of the text to read (default {TOKENS:,})")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--tokens", type=integer(WINDOW), default=TOKENS, help=f"of the text to read (default {TOKENS:,})")
+    p.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--json", action="store_true", help="print the figures as JSON")
     p.add_argument("--ignore-field", action="append", default=[], metavar="NAME", help="a config.json field of a checkpoint that does not matter")
     a = p.parse_args(argv)
     try:
-        if a.tokens < WINDOW:
-            raise CheckpointError(f"--tokens is {a.tokens}; expected at least {WINDOW}, one window")
         texts, name = (calibration.read_texts(a.text), a.text.name) if a.text else (calibration.held_out(), calibration.HELD_OUT)
         vocab = calibration.open_vocab(a.quantized)
         with as_weights(a.original, a.quantized, set(a.ignore_field)) as original:
             quality = evaluate(original, a.quantized, vocab, texts, name, a.tokens, a.device)
-    except (CheckpointError, LoadError, OSError, ValueError) as e:
+    except (ValueError, LoadError, DeviceError, OSError) as e:
         print(f"evaluate: {e}", file=sys.stderr)
         return 1
     print(json.dumps(quality, indent=1) if a.json else shown(quality))

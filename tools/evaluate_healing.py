@@ -17,9 +17,9 @@ exact: the greedy completion up to the line's end is the rest.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,9 @@ import numpy as np
 from codefuse_triton import Engine, Outbox, Vocab
 from codefuse_triton._native import testing
 from codefuse_triton.prompt import Prompt
+
+import calibration
+from arguments import device, integer
 
 KINDS = ("healing", "plain", "oracle")
 HELD_OUT = Path(__file__).parent / "demo" / "heldout.jsonl"
@@ -206,17 +209,25 @@ def first_text(weights: Path, texts: list[str], *, lines: int, context_chars: in
     return times
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("weights", type=Path, help="a weights directory with its tokenizer")
-    p.add_argument("--text", type=Path, default=HELD_OUT, help="JSON lines, those with a `text` are the documents (default: the demo model's held-out files)")
-    p.add_argument("--lines", type=int, default=150)
-    p.add_argument("--context", type=int, default=512, help="characters in front of a line (default: %(default)s)")
+    p.add_argument("--text", type=Path, default=HELD_OUT, help="text file, .jsonl with a key \"text\", or directory (default: the demo model's held-out files)")
+    p.add_argument("--lines", type=integer(1), default=150)
+    p.add_argument("--context", type=integer(1), default=512, help="characters in front of a line (default: %(default)s)")
     p.add_argument("--first-text", action="store_true")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="cpu")
-    a = p.parse_args()
-    texts = [d["text"] for d in map(json.loads, a.text.read_text().splitlines()) if "text" in d]
+    p.add_argument("--seed", type=integer(0), default=0)
+    p.add_argument("--device", type=device, default="cpu")
+    a = p.parse_args(argv)
+    try:
+        report(a, calibration.read_texts(a.text))
+    except (ValueError, RuntimeError, OSError) as e:
+        print(f"evaluate_healing: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def report(a: argparse.Namespace, texts: list[str]) -> None:
     if a.first_text:
         times = first_text(a.weights, texts, lines=a.lines, context_chars=a.context, seed=a.seed, device=a.device)
         medians = {kind: statistics.median(t) * 1e3 for kind, t in times.items()}
@@ -232,4 +243,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -35,10 +35,15 @@ def link_libraries(directory: Path) -> None:
 
 
 def main() -> int:
+    try:
+        binary = find_binary()
+    except FileNotFoundError as error:
+        print(f"perf_analyzer: {error}", file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory(prefix="perf-analyzer-") as directory:
         link_libraries(Path(directory))
         paths = [directory] + [p for p in [os.environ.get("LD_LIBRARY_PATH")] if p]
-        return subprocess.run([find_binary(), *sys.argv[1:]], env=os.environ | {"LD_LIBRARY_PATH": ":".join(paths)}).returncode
+        return subprocess.run([binary, *sys.argv[1:]], env=os.environ | {"LD_LIBRARY_PATH": ":".join(paths)}).returncode
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from codefuse_triton import DeviceError, LoadError, _native
 
 import calibration
 import evaluate as evaluation
+from arguments import integer, number
 from checkpoint import CheckpointError, TensorInfo, is_weights_directory, read_json, read_safetensors
 from convert import DTYPES, TOKENIZER_FILES, checked, plan_source, progress_bar
 from rounding import ANY_FORMAT, FORMATS, GROUPS, check_format, round_to_nearest
@@ -167,6 +168,8 @@ def quantize(source: Path, target: Path, format: str, lm_head: str = "", dtype: 
     check_target(target)
     if target.resolve() == source.resolve():
         raise CheckpointError(f"target {target} is the source; name another directory")
+    if gate:
+        _native.check_device(gate.device)
     config, tensors, files = _source(source, ignore, tokenizer)
     if gate and not any(f.name in ("tokenizer.json", "tokenizer.model") for f in files):
         raise CheckpointError(f"{source}: no tokenizer.json and no tokenizer.model to measure the result with; pass --no-evaluate")
@@ -222,20 +225,17 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--embedding", default="", choices=["auto", *DTYPES], metavar="DTYPE", help="its type, f32, f16 or bf16; never quantized (default: --dtype)")
     p.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="of what is kept (embedding, norms, biases); auto keeps each tensor's own")
     p.add_argument("--calibration", type=Path, metavar="TEXT", help="for gptq: text file, .jsonl with a key \"text\", or directory; default: Python's standard library")
-    p.add_argument("--windows", type=int, default=128, help="for gptq: pieces of that text (default 128)")
-    p.add_argument("--window-tokens", type=int, default=512, help="for gptq: their length (default 512)")
+    p.add_argument("--windows", type=integer(1), default=128, help="for gptq: pieces of that text (default 128)")
+    p.add_argument("--window-tokens", type=integer(16), default=512, help="for gptq: their length (default 512)")
     p.add_argument("--evaluate", type=Path, metavar="TEXT", help="text to measure the loss on; default: the held-out sample of the demo corpus")
-    p.add_argument("--evaluate-tokens", type=int, default=evaluation.TOKENS, help=f"of it (default {evaluation.TOKENS:,})")
-    p.add_argument("--max-loss", type=float, metavar="PERCENT", help=f"refuse if perplexity rises by more (default {MAX_LOSS[0]:g} in 8 bits, {MAX_LOSS[1]:g} in 4)")
+    p.add_argument("--evaluate-tokens", type=integer(evaluation.WINDOW), default=evaluation.TOKENS, help=f"of it (default {evaluation.TOKENS:,})")
+    p.add_argument("--max-loss", type=number(0), metavar="PERCENT", help=f"refuse if perplexity rises by more (default {MAX_LOSS[0]:g} in 8 bits, {MAX_LOSS[1]:g} in 4)")
     p.add_argument("--accept", action="store_true", help="write the result whatever it loses")
     p.add_argument("--no-evaluate", action="store_true", help="do not measure the loss")
     p.add_argument("--device", default="auto", help="for gptq and the measurement: auto, cpu, cuda or cuda:N")
     p.add_argument("--ignore-field", action="append", default=[], metavar="NAME", help="a config.json field that does not matter")
     p.add_argument("--no-tokenizer", action="store_true", help="without tokenizer files (and so without a measurement)")
     a = p.parse_args(argv)
-    for field, low in (("windows", 1), ("window_tokens", 16), ("evaluate_tokens", evaluation.WINDOW)):
-        if getattr(a, field) < low:
-            p.error(f"--{field.replace('_', '-')} is {getattr(a, field)}; expected at least {low}")
     try:
         gptq = gate = None
         if a.method == "gptq":
@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
         if not (a.no_evaluate or a.no_tokenizer):
             gate = Gate(*_texts(a.evaluate, calibration.held_out, calibration.HELD_OUT), a.evaluate_tokens, a.max_loss, a.accept, a.device)
         quantize(a.source, a.target, a.format, a.lm_head, a.dtype, set(a.ignore_field), not a.no_tokenizer, None, a.embedding, gptq, gate)
-    except (CheckpointError, LoadError, DeviceError, OSError) as e:
+    except (ValueError, LoadError, DeviceError, OSError) as e:
         print(f"quantize: {e}", file=sys.stderr)
         return 1
     print(f"wrote {a.target}")

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from codefuse_triton.triton_server import StartError, TritonServer
 
+from arguments import integer, number
+
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_PROMPT = '''import os
 
@@ -33,12 +35,12 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--repository", type=Path, default=ROOT / "model_repository")
     p.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for every network (default: %(default)s)")
-    p.add_argument("--http-port", type=int, default=8000)
-    p.add_argument("--grpc-port", type=int, default=8001)
-    p.add_argument("--metrics-port", type=int, default=8002)
+    p.add_argument("--http-port", type=integer(1, 65535), default=8000)
+    p.add_argument("--grpc-port", type=integer(1, 65535), default=8001)
+    p.add_argument("--metrics-port", type=integer(1, 65535), default=8002)
     p.add_argument("--log", type=Path, help="the server's log (default: a temporary file, its path is printed)")
-    p.add_argument("--load-timeout", type=float, default=1800, metavar="SECONDS", help="for loading the models (default: %(default)g)")
-    p.add_argument("--drain", type=float, default=10, metavar="SECONDS",
+    p.add_argument("--load-timeout", type=number(0, above=True), default=1800, metavar="SECONDS", help="for loading the models (default: %(default)g)")
+    p.add_argument("--drain", type=number(0), default=10, metavar="SECONDS",
                    help="how long running requests may go on after Ctrl-C or SIGTERM (default: %(default)g)")
     p.add_argument("--demo", action="store_true", help="stream a completion and print lines to try")
     p.add_argument("--model", default="ensemble", metavar="NAME", help="of --demo; one that tools/deploy.py has made has the name given there")

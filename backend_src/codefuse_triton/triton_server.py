@@ -170,6 +170,8 @@ class TritonServer:
 
     def start(self) -> None:
         installation = find_server()
+        if not self.repository.is_dir():
+            raise StartError(f"repository {self.repository}: no such directory; expected a Triton model repository")
         self._check_ports()
         _remove_stale_shared_memory()
         self._directory = Path(tempfile.mkdtemp(prefix="codefuse-triton-"))
@@ -186,7 +188,11 @@ class TritonServer:
         inherited = environment.get("LD_LIBRARY_PATH")
         environment["LD_LIBRARY_PATH"] = ":".join([*map(str, installation.libraries)] + ([inherited] if inherited else []))
         self._log = self._log or self._directory / "tritonserver.log"
-        with open(self._log, "wb") as log:
+        try:
+            log = open(self._log, "wb")
+        except OSError as error:
+            raise StartError(f"log {self._log} cannot be written: {error.strerror}") from None
+        with log:
             # a session of its own: Ctrl-C reaches us, and we drain before the server hears of it
             self._process = subprocess.Popen(command + list(self._options), env=environment, stdin=subprocess.DEVNULL,
                                              stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
@@ -194,8 +200,12 @@ class TritonServer:
         lifecycle.clear(self.pid)
 
     def _check_ports(self) -> None:
+        taken: dict[int, str] = {}
         for kind in ("http", "grpc", "metrics"):
             port = getattr(self, f"{kind}_port")
+            if port in taken:
+                raise StartError(f"{kind} port {port} is the {taken[port]} port too: choose another")
+            taken[port] = kind
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:

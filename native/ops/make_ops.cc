@@ -54,18 +54,24 @@ Devices devices() {
   return d;
 }
 
+void check_device(const std::string& device) {
+  if (device == "auto" || device == "cpu") return;
+  const int index = cuda_index(device);
+  if (index < 0) throw ValueError(cat("device is '", device, "'; expected cpu, cuda, cuda:N or auto"));
+  const Devices d = devices();
+  if (index >= device_count())
+    throw ValueError(cat("device is '", device, "', but only ", d.names, " can be used here",
+                         d.why_no_cuda.empty() ? "" : cat(" (", d.why_no_cuda, ")")));
+}
+
 std::unique_ptr<Ops> make_ops(const std::string& device, const std::string& dtype, DType weights, int threads) {
   if (device == "cpu" || (device == "auto" && device_count() == 0)) {
     if (dtype != "auto" && parse_dtype(dtype) != DType::f32)
       throw ValueError(cat("dtype is '", dtype, "'; expected float32 or auto on the CPU"));
     return make_cpu_ops(threads);
   }
+  check_device(device);
   const int index = device == "auto" ? 0 : cuda_index(device);
-  if (index < 0) throw ValueError(cat("device is '", device, "'; expected cpu, cuda, cuda:N or auto"));
-  const Devices d = devices();
-  if (index >= device_count())
-    throw ValueError(cat("device is '", device, "', but only ", d.names, " can be used here",
-                         d.why_no_cuda.empty() ? "" : cat(" (", d.why_no_cuda, ")")));
   return cuda_ops(index, dtype == "auto" ? weights : parse_dtype(dtype), threads);
 }
 

@@ -140,4 +140,7 @@ struct Devices {
 };
 Devices devices();
 
+// ValueError unless the name is auto or a device that can be used here.
+void check_device(const std::string& device);
+
 }  // namespace codefuse
