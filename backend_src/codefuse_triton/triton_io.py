@@ -30,6 +30,10 @@ def _finish(sender: Any, response: pb_utils.InferenceResponse | None = None) -> 
         sender.send(response, flags=final)
 
 
+def _shown(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 def _tensor(name: str, value: Any, dtype: type = np.int32) -> pb_utils.Tensor:
     """One value as [1, 1]."""
     return pb_utils.Tensor(name, np.array([[value]], dtype=dtype))
@@ -73,6 +77,8 @@ class TokenizerModel:
             prompt = self._prompt(given, json.loads(request.parameters() or "{}"))
         except ValueError as error:
             return _error(str(error), "INVALID_ARGUMENT")
+        except Exception as error:  # the others of this execute() must be answered
+            return _error(_shown(error), "INTERNAL")
         lists = {"input_ids": prompt.ids, "prefix_ids": prompt.typed_ids, "suffix_ids": prompt.suffix, "fim_template": prompt.template, "fim_end_ids": prompt.end_ids}
         return pb_utils.InferenceResponse([
             *(pb_utils.Tensor(name, np.array(ids, np.int32)[None]) for name, ids in lists.items()),
@@ -81,7 +87,10 @@ class TokenizerModel:
     def _prompt(self, given: dict[str, np.ndarray], parameters: dict[str, Any]) -> Prompt:
         if "text_input" not in given:
             raise ValueError("text_input is missing; it is the prompt, a string of shape [1, 1]")
-        text = given.pop("text_input").reshape(-1)[0]
+        shape, values = given["text_input"].shape, given.pop("text_input").reshape(-1)
+        if values.size != 1:
+            raise ValueError(f"text_input has shape {list(shape)}; expected one value")
+        text = values[0]
         options = parse_text(given, parameters)
         for name, value in (("text_input", text), ("suffix", options["suffix"])):
             size = len(value if isinstance(value, bytes) else value.encode())
@@ -203,12 +212,12 @@ class GeneratorModel:
 
     def _submit(self, request: Any) -> None:
         sender = request.get_response_sender()
-        given = {t.name(): t.as_numpy() for t in request.inputs()}
-        if "stop_uid" in given:
-            self._service.cancel(int(given["stop_uid"].reshape(-1)[0]) - _uid_base())
-            _finish(sender)
-            return
         try:
+            given = {t.name(): t.as_numpy() for t in request.inputs()}
+            if "stop_uid" in given:
+                self._service.cancel(int(given["stop_uid"].reshape(-1)[0]) - _uid_base())
+                _finish(sender)
+                return
             parameters = json.loads(request.parameters() or "{}")
             parsed = parse(given, parameters, exclude_input=self._exclude_input)
             self._service.submit(parsed, _Sender(sender, parsed.submit["logprobs"], parsed.submit["top_logprobs"] > 0))
@@ -217,7 +226,7 @@ class GeneratorModel:
         except (QueueFull, Draining) as error:
             _finish(sender, _error(str(error), "UNAVAILABLE"))
         except Exception as error:  # the server must outlive a bug: answer this request
-            _finish(sender, _error(f"{type(error).__name__}: {error}", "INTERNAL"))
+            _finish(sender, _error(_shown(error), "INTERNAL"))
 
     def finalize(self) -> None:
         self._service.close()
@@ -242,11 +251,18 @@ class DetokenizerModel:
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            self._answer(request)
+            sender = request.get_response_sender()
+            try:
+                self._answer(sender, {t.name(): t for t in request.inputs()})
+            except Exception as error:  # the others of this execute() must be answered
+                missing = isinstance(error, KeyError)
+                message = f"{error.args[0]} is missing; expected a chunk of the generator" if missing else _shown(error)
+                try:
+                    _finish(sender, _error(message, "INVALID_ARGUMENT" if missing else "INTERNAL"))
+                except Exception as closed:
+                    pb_utils.Logger.log_error(f"detokenizer: {message}; {_shown(closed)}")
 
-    def _answer(self, request: Any) -> None:
-        sender = request.get_response_sender()
-        chunk = {t.name(): t for t in request.inputs()}
+    def _answer(self, sender: Any, chunk: dict[str, Any]) -> None:
         self._progress[0] = chunk["serial"].as_numpy().reshape(-1)[0]
         last = "finish_reason" in chunk
         if not last and sender.is_cancelled():
