@@ -52,9 +52,12 @@ def test_table_is_consistent() -> None:
 def test_client_knows_the_same_tensors() -> None:
     protocol = pytest.importorskip("codefuse_triton_client.protocol")
     types = {"BYTES": "STRING"}
-    tensors = {t.name: t.type for t in contract.MODEL["ensemble"].inputs}
-    for name, kind in protocol.OPTIONS.values():
-        assert tensors[name] == types.get(kind, kind), name
+    tensors = {t.name: t for t in contract.MODEL["ensemble"].inputs}
+    for option in protocol.OPTIONS.values():
+        tensor = tensors[option.tensor]
+        assert (tensor.type, tensor.dims == -1) == (types.get(option.type, option.type), option.many), option
+    known = {option.tensor for option in protocol.OPTIONS.values()}
+    assert {o.name for o in contract.OPTIONS if not known & {o.name, o.alias}} == {"stream", "pad_id", "prediction"}  # the client's own; what says nothing
 
 
 def submit(**given: Any) -> dict[str, Any]:

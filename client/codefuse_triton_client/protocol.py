@@ -6,7 +6,7 @@ import re
 import struct
 import time
 from dataclasses import dataclass, field
-from typing import Any, Mapping, Sequence
+from typing import Any, Mapping, NamedTuple, Sequence
 
 import grpc
 import numpy as np
@@ -17,23 +17,53 @@ CHANNEL_OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_mess
 _CODE = re.compile(r" \[([A-Z_]+)\]$")  # an error on a stream carries no status: the server's models put it into the text
 # (the header triton_grpc_error would make Triton send a status, but 24.10 may crash on it)
 
-# keyword -> tensor, Triton type
-OPTIONS = {
-    "max_tokens": ("max_tokens", "INT32"), "min_tokens": ("min_tokens", "INT32"), "temperature": ("temperature", "FP32"),
-    "top_k": ("top_k", "INT32"), "top_p": ("top_p", "FP32"), "min_p": ("min_p", "FP32"), "seed": ("random_seed", "UINT64"),
-    "n": ("num_return_sequences", "INT32"), "best_of": ("best_of", "INT32"),
-    "beam_width": ("beam_width", "INT32"), "length_penalty": ("length_penalty", "FP32"),
-    "beam_diversity_rate": ("beam_search_diversity_rate", "FP32"), "early_stopping": ("early_stopping", "BOOL"),
-    "repetition_penalty": ("repetition_penalty", "FP32"), "presence_penalty": ("presence_penalty", "FP32"),
-    "frequency_penalty": ("frequency_penalty", "FP32"), "logit_bias": ("logit_bias", "BYTES"), "bad_words": ("bad_words", "BYTES"),
-    "stop": ("stop_words", "BYTES"), "include_stop": ("include_stop", "BOOL"), "stop_at": ("stop_at", "BYTES"),
-    "max_time_ms": ("max_time_ms", "INT32"), "token_healing": ("token_healing", "BOOL"), "include_typed": ("include_typed", "BOOL"),
-    "suffix": ("suffix", "BYTES"), "fim_mode": ("fim_mode", "BYTES"), "end_id": ("end_id", "INT32"),
-    "stop_token_ids": ("stop_token_ids", "INT32"), "ignore_eos": ("ignore_eos", "BOOL"),
-    "exclude_input": ("exclude_input_in_output", "BOOL"), "logprobs": ("return_log_probs", "BOOL"),
-    "top_logprobs": ("num_log_probs", "INT32"), "session": ("session", "BYTES"), "deadline_ms": ("deadline_ms", "INT32"),
-    "cache_salt": ("cache_salt", "BYTES"),
-    "sampling_parameters": ("sampling_parameters", "BYTES"),
+
+class Option(NamedTuple):
+    tensor: str
+    type: str  # of Triton
+    help: str
+    many: bool = False  # takes a list
+
+
+OPTIONS = {  # by keyword
+    "max_tokens": Option("max_tokens", "INT32", "most tokens to generate"),
+    "min_tokens": Option("min_tokens", "INT32", "tokens before an end token or a stop string counts"),
+    "temperature": Option("temperature", "FP32", "0: greedy, the default"),
+    "top_k": Option("top_k", "INT32", "keep the k most likely tokens"),
+    "top_p": Option("top_p", "FP32", "keep the most likely tokens that hold this probability"),
+    "min_p": Option("min_p", "FP32", "keep tokens at least this fraction as likely as the most likely one"),
+    "seed": Option("random_seed", "UINT64", "the same seed gives the same text"),
+    "n": Option("num_return_sequences", "INT32", "answers"),
+    "best_of": Option("best_of", "INT32", "so many are generated and the n best returned; not streamed"),
+    "beam_width": Option("beam_width", "INT32", "beam search with so many beams"),
+    "length_penalty": Option("length_penalty", "FP32", "with beams: log-probability / tokens ^ this is a text's score"),
+    "beam_diversity_rate": Option("beam_search_diversity_rate", "FP32", "with beams: times a token's rank in its beam, added to its score"),
+    "early_stopping": Option("early_stopping", "BOOL", "with beams: end with beam_width finished texts"),
+    "repetition_penalty": Option("repetition_penalty", "FP32", "against tokens of prompt and text; 1: off"),
+    "presence_penalty": Option("presence_penalty", "FP32", "against tokens that the text has"),
+    "frequency_penalty": Option("frequency_penalty", "FP32", "against tokens, as often as the text has them"),
+    "logit_bias": Option("logit_bias", "BYTES", "what is added to logits: token ids to numbers, as a JSON object"),
+    "bias_words": Option("embedding_bias_words", "BYTES", "texts whose tokens get the bias_weights of the same place", many=True),
+    "bias_weights": Option("embedding_bias_weights", "FP32", "one for each of bias_words", many=True),
+    "bad_words": Option("bad_words", "BYTES", "strings that the text will not contain", many=True),
+    "stop": Option("stop_words", "BYTES", "strings before which the text ends", many=True),
+    "include_stop": Option("include_stop", "BOOL", "leave the stop string in the text"),
+    "stop_at": Option("stop_at", "BYTES", "end where code is complete: line, block, bracket, suffix or repetition", many=True),
+    "max_time_ms": Option("max_time_ms", "INT32", "the text ends so long after the request came"),
+    "token_healing": Option("token_healing", "BOOL", "continue the prompt's last byte, the default; else its last token"),
+    "include_typed": Option("include_typed", "BOOL", "begin with the end of the prompt that was spelled again"),
+    "suffix": Option("suffix", "BYTES", "the text behind the cursor: fill in between"),
+    "fim_mode": Option("fim_mode", "BYTES", "with suffix, the order that the model reads: psm or spm"),
+    "end_id": Option("end_id", "INT32", "the end token, in place of the model's"),
+    "stop_token_ids": Option("stop_token_ids", "INT32", "further end tokens", many=True),
+    "ignore_eos": Option("ignore_eos", "BOOL", "go on after the end token"),
+    "exclude_input": Option("exclude_input_in_output", "BOOL", "leave the prompt out of the text"),
+    "logprobs": Option("return_log_probs", "BOOL", "report the tokens and their log-probabilities"),
+    "top_logprobs": Option("num_log_probs", "INT32", "so many of the most likely tokens in the place of each"),
+    "session": Option("session", "BYTES", "cancel the request before this one of the same session"),
+    "deadline_ms": Option("deadline_ms", "INT32", "give up when the first token has not come by then"),
+    "cache_salt": Option("cache_salt", "BYTES", "reuse computed prompts only of requests with the same one"),
+    "sampling_parameters": Option("sampling_parameters", "BYTES", "options under vLLM's names, as a JSON object"),
 }
 _NUMPY = {"INT32": np.int32, "FP32": np.float32, "UINT64": np.uint64, "BOOL": np.bool_, "INT64": np.int64}
 
@@ -95,8 +125,20 @@ class Result:
     timings: Timings = field(default_factory=Timings)
 
 
-def _bytes_tensor(values: Sequence[str | bytes]) -> bytes:
-    encoded = [v.encode() if isinstance(v, str) else bytes(v) for v in values]
+def _utf8(name: str, value: Any) -> bytes:
+    """bytes as they are: what is in them is the server's to judge."""
+    if isinstance(value, str):
+        try:
+            return value.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidRequest(f"{name} has a lone surrogate at character {error.start}; expected text", "INVALID_ARGUMENT") from None
+    if not isinstance(value, (bytes, bytearray, memoryview)):
+        raise InvalidRequest(f"{name} is {value!r}; expected text", "INVALID_ARGUMENT")
+    return bytes(value)
+
+
+def _bytes_tensor(name: str, values: Sequence[Any]) -> bytes:
+    encoded = [_utf8(name, v) for v in values]
     return b"".join(struct.pack("<I", len(v)) + v for v in encoded)
 
 
@@ -130,11 +172,11 @@ def _array(name: str, kind: str, values: Sequence[Any]) -> np.ndarray:
 
 def make_request(model: str, prompt: str | bytes, *, stream: bool, request_id: str = "",
                  options: Mapping[str, Any]) -> service_pb2.ModelInferRequest:
-    request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
+    request = service_pb2.ModelInferRequest(model_name=_utf8("model", model), id=_utf8("request_id", request_id))
 
     def add(name: str, kind: str, values: Sequence[Any]) -> None:
         request.inputs.add(name=name, datatype=kind, shape=[1, len(values)])
-        raw = _bytes_tensor(values) if kind == "BYTES" else _array(name, kind, values).tobytes()
+        raw = _bytes_tensor(name, values) if kind == "BYTES" else _array(name, kind, values).tobytes()
         request.raw_input_contents.append(raw)
 
     add("text_input", "BYTES", [prompt])
@@ -146,10 +188,13 @@ def make_request(model: str, prompt: str | bytes, *, stream: bool, request_id: s
             continue
         if isinstance(value, Mapping):  # logit_bias
             value = json.dumps(dict(value))
+        option = OPTIONS[keyword]
         single = isinstance(value, (str, bytes)) or not isinstance(value, (Sequence, np.ndarray))
         values = [value] if single else list(value)
+        if len(values) > 1 and not option.many:
+            raise InvalidRequest(f"{keyword} has {len(values)} values; expected one", "INVALID_ARGUMENT")
         if values:
-            add(*OPTIONS[keyword], values)
+            add(option.tensor, option.type, values)
     return request
 
 

@@ -33,6 +33,22 @@ def test_stats(server: TritonServer) -> None:
     assert "12 out" in result.stderr.decode() and "tokens/s" in result.stderr.decode() and "ended by length" in result.stderr.decode()
 
 
+def test_several_answers_and_log_probs(server: TritonServer, client: Client) -> None:
+    options = dict(n=2, temperature=0.8, seed=3, max_tokens=6, top_logprobs=2, bad_words=["self"])
+    expected = client.complete_all(PROMPT, **options)
+    arguments = "--n 2 --temperature 0.8 --seed 3 --max-tokens 6 --top-logprobs 2 --bad-words self".split()
+    result = cli(server, PROMPT, *arguments)
+    assert result.stdout.decode() == "".join(f"--- answer {i}\n{r.text}\n" for i, r in enumerate(expected))
+    assert len(result.stderr.splitlines()) == sum(r.num_output_tokens for r in expected)
+    answers = [json.loads(line) for line in cli(server, PROMPT, *arguments, "--json").stdout.splitlines()]
+    assert [(a["text"], tuple(a["token_ids"])) for a in answers] == [(r.text, r.token_ids) for r in expected]
+
+
+def test_prompts_that_are_not_utf8(server: TritonServer) -> None:
+    result = cli(server, input=b"caf\xe9")
+    assert result.returncode == 1 and b"INVALID_ARGUMENT: prompt is not UTF-8: byte 0xe9 at offset 3" in result.stderr and b"Traceback" not in result.stderr
+
+
 def test_errors(server: TritonServer) -> None:
     result = cli(server, PROMPT, "--temperature", "-1")
     assert result.returncode == 1 and b"INVALID_ARGUMENT" in result.stderr and b"temperature is -1.0" in result.stderr
