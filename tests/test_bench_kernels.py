@@ -40,9 +40,9 @@ def test_figures(tmp_path, device):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--preset", "gpt-9"], "preset is 'gpt-9'; known are gptneox-13b"), (["--rows", "1,x"], "rows is '1,x'; expected numbers"),
-    (["--rows", "65"], "rows is '65'; expected numbers of 1 to 64"), (["--rows", "", "--prefill", ""], "rows and prefill are both empty"),
-    (["--repeats", "0"], "repeats is 0"), (["--device", "tpu"], "device is 'tpu'"),
+    (["--device", "cpu", "--preset", "gpt-9"], "preset is 'gpt-9'; known are gptneox-13b"), (["--rows", "1,x"], "rows is '1,x'; expected numbers"),
+    (["--rows", "65"], "rows is '65'; expected numbers of 1 to 64"), (["--device", "cpu", "--rows", "", "--prefill", ""], "rows and prefill are both empty"),
+    (["--repeats", "0"], "--repeats: 0; expected 1 to"), (["--device", "tpu"], "device is 'tpu'"),
     (["--device", "cpu", "--preset", "gptneox-tiny", "--formats", "q9"], "format is 'q9'"),
     (["--device", "cpu", "--preset", "gptneox-tiny", "--position", "512"], "position is 512; expected 0 to 511"),
     (["--device", "cpu", "--preset", "gptneox-tiny", "--prefill", "513"], "prefill_rows is 513; expected 1 to 512"),

@@ -26,6 +26,7 @@ from typing import Any
 from codefuse_triton import _native
 
 sys.path.insert(0, str(Path(__file__).parent))
+from arguments import DTYPES, device, integer, output  # noqa: E402
 from bench_engine import device_name, git_commit, table  # noqa: E402
 from convert import PRESETS, write_random  # noqa: E402
 
@@ -105,20 +106,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--preset", default="gptneox-13b", help="shape of the model (presets of tools/convert.py)")
     p.add_argument("--formats", default="f16,q8_row,q4_g128,q4_g64", help="of the weights, with commas between")
     p.add_argument("--rows", type=counts("rows", _native.testing.DECODE_ROWS), default=[1], metavar="N,..", help='decode rows; "": none')
-    p.add_argument("--position", type=int, default=320, help="of each decode row: so many tokens are before it")
+    p.add_argument("--position", type=integer(0), default=320, help="of each decode row: so many tokens are before it")
     p.add_argument("--prefill", type=counts("prefill", 65536), default=[1024], metavar="N,..", help='prefill rows; "": none')
-    p.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu")
-    p.add_argument("--dtype", default="auto", help="of activations and KV cache")
-    p.add_argument("--repeats", type=int, default=15)
-    p.add_argument("--threads", type=int, default=0, help="CPU threads, 0: all cores")
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON too")
+    p.add_argument("--device", type=device, default="cuda", help="cuda, cuda:N or cpu")
+    p.add_argument("--dtype", default="auto", choices=DTYPES, help="of activations and KV cache")
+    p.add_argument("--repeats", type=integer(1), default=15)
+    p.add_argument("--threads", type=integer(0, 1024), default=0, help="CPU threads, 0: all cores")
+    p.add_argument("--json", type=output, metavar="FILE", help="write the figures as JSON too")
     a = p.parse_args(argv)
     if a.preset not in PRESETS:
         p.error(f"preset is {a.preset!r}; known are {', '.join(PRESETS)}")
     if not a.rows and not a.prefill:
         p.error("rows and prefill are both empty; expected some of one")
-    if a.repeats < 1:
-        p.error(f"repeats is {a.repeats}; expected 1 or more")
     return a
 
 
