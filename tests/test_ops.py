@@ -282,6 +282,7 @@ def test_copy_pages():
     (dict(logit_row=[3]), "logit_row.*3.*0 to 2"),
     (dict(table_slot=[1]), "slot 0 .* no page table"),
     (dict(table=[64] + [0] * 6), "table.*64.*0 to 63"),
+    (dict(position=[95, 96, 97], chunks=[(0, 3, 0, 95)], table=[0] * 3 + [64] + [0] * 3), r"table\[3\] is 64; expected 0 to 63"),
     (dict(table=[0]), "table has 1 elements; expected 7"),
     (dict(chunks=[(0, 2, 0, 0)]), "chunks end at row 2 of 3"),
     (dict(decode_rows=1), "chunk 0"),

@@ -94,16 +94,20 @@ void check_batch(const Batch& b, const Limits& limits, int vocab) {
     if (table_of[b.table_slot[i]] >= 0) throw ValueError(cat("batch: slot ", b.table_slot[i], " has two page tables"));
     table_of[b.table_slot[i]] = i;
   }
+  std::vector<int> last(b.table_slot.size(), -kPageTokens);  // position of the last row of each table; none: before its first page
   for (int t = 0; t < rows; ++t) {
     if (b.token[t] != kLastToken) in_range("token", t, b.token[t], 0, vocab - 1);
     in_range("slot", t, b.slot[t], 0, limits.slots - 1);
     in_range("position", t, b.position[t], 0, limits.max_len - 1);
     const int table = table_of[b.slot[t]];
     if (table < 0) throw ValueError(cat("batch: slot ", b.slot[t], " of row ", t, " has no page table"));
-    // earlier pages are covered by the rows that filled them; a row reads up to its own
-    for (int p = 0; p <= b.position[t] / kPageTokens; ++p)
-      in_range("table", table * limits.max_pages() + p, b.table[size_t(table) * limits.max_pages() + p], 0, limits.pages - 1);
+    last[size_t(table)] = std::max(last[size_t(table)], b.position[t]);
   }
+  for (size_t i = 0; i < last.size(); ++i)  // a row reads up to its own page; earlier ones were filled by earlier rows
+    for (int p = 0; p <= last[i] / kPageTokens; ++p) {
+      const int entry = int(i) * limits.max_pages() + p;
+      in_range("table", entry, b.table[size_t(entry)], 0, limits.pages - 1);
+    }
   check_copies(b, limits);
   int next = b.decode_rows;
   for (int i = 0; i < int(b.chunks.size()); ++i) {
