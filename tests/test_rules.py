@@ -189,7 +189,7 @@ def without(words, prompt):
 
 
 @pytest.mark.parametrize("params", SAMPLE, ids=["greedy", "sampled", "top"])
-@pytest.mark.parametrize("words", [[b"a"], [b"ab"], [b"bab", b"adda", b" "], [b"abcabc", b"b"]], ids=str)
+@pytest.mark.parametrize("words", [[b"a"], [b"ab"], [b"bab", b"adda", b" "], [b"abcabc", b"b"], [b"bab", b"ba", b"babb", b"adda", b"ad"]], ids=str)
 def test_bad_words_however_they_are_cut(native, engine, ops, params, words):
     prompt = prompt_of(6)
     want = decode(native, ops, prompt, 24, without(words, prompt), **params)
@@ -203,7 +203,7 @@ def test_bad_words_never_appear():
     rng = random.Random(1)
     for _ in range(12):
         pieces = [b""] + [bytes(rng.choice(b"abc") for _ in range(rng.randint(1, 4))) for _ in range(63)]
-        words = [bytes(rng.choice(b"abc") for _ in range(rng.randint(2, 6))) for _ in range(rng.randint(1, 3))]
+        words = [bytes(rng.choice(b"abc") for _ in range(rng.randint(2, 6))) for _ in range(rng.choice((1, 2, 3, 8)))]
         with fake_engine(token_bytes=pieces, depth=2, pages=64) as engine:
             for seed in range(6):
                 prompt = [rng.randrange(1, 64) for _ in range(rng.randint(1, 5))]

@@ -1,12 +1,32 @@
 #include "engine/bad_words.h"
 
 #include <algorithm>
+#include <string_view>
 
 namespace codefuse {
 
 namespace {
 
 void set(std::vector<uint32_t>* mask, int32_t token) { (*mask)[size_t(token) / 32] |= 1u << (token % 32); }
+
+bool begins_with(std::string_view text, std::string_view beginning) { return text.substr(0, beginning.size()) == beginning; }
+
+// Sorted, without those that begin with another one: of these at most one begins a text, the greatest that is not greater.
+std::vector<std::string_view> shortest(const std::vector<std::string>& words) {
+  std::vector<std::string_view> sorted(words.begin(), words.end()), kept;
+  std::sort(sorted.begin(), sorted.end());
+  for (std::string_view word : sorted)
+    if (kept.empty() || !begins_with(word, kept.back())) kept.push_back(word);
+  return kept;
+}
+
+bool contains_any(std::string_view text, const std::vector<std::string_view>& shortest) {
+  for (; !text.empty(); text.remove_prefix(1)) {
+    const auto after = std::upper_bound(shortest.begin(), shortest.end(), text);
+    if (after != shortest.begin() && begins_with(text, after[-1])) return true;
+  }
+  return false;
+}
 
 }  // namespace
 
@@ -21,8 +41,9 @@ std::vector<int32_t> tokens_by_bytes(const TokenBytes& table, int vocab) {
 WordList::WordList(std::vector<std::string> given, const TokenBytes* token_bytes, const std::vector<int32_t>* by_bytes, int vocab_size)
     : words(std::move(given)), table(token_bytes), order(by_bytes), vocab(vocab_size), inside(size_t(mask_words(vocab_size)), 0) {
   for (const std::string& word : words) longest = std::max(longest, word.size());
+  const std::vector<std::string_view> sought = shortest(words);
   for (int32_t t : *order)
-    if (std::any_of(words.begin(), words.end(), [&](const std::string& word) { return (*table)[size_t(t)].find(word) != std::string::npos; })) set(&inside, t);
+    if (contains_any((*table)[size_t(t)], sought)) set(&inside, t);
 }
 
 BadWords::BadWords(std::shared_ptr<const WordList> list, const std::vector<int32_t>& prompt) : list_(std::move(list)) {

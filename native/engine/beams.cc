@@ -40,7 +40,7 @@ void Engine::run_beams(Live& live) {
     const int early = std::max(0, r.min_tokens - int(running[i].tokens.size()));  // tokens before which no end may come
     if (!r.logit_bias.empty() || r.penalties.any() || early > 0)
       rules.push_back(std::make_unique<TokenRules>(r.logit_bias, r.penalties, r.prompt, r.eos_ids, early, running[i].tokens));
-    if (live.bad_words) rules.push_back(std::make_unique<BadWords>(live.bad_words, tokens));
+    if (r.word_list) rules.push_back(std::make_unique<BadWords>(r.word_list, tokens));
     const int64_t row = next_beam_row_--;
     beam_rows_.emplace(row, std::pair(live.uid, i));
     scheduler_.add(row, std::move(tokens), 1, sample, std::move(rules), r.cache_salt, running[i].tokens.empty() ? 0 : Scheduler::kAll);

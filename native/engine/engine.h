@@ -58,6 +58,7 @@ struct Request {
   int min_tokens = 0;             // eos is not sampled before, stop strings do not end the text
   bool stream = true;             // false: only the last output is delivered
   bool logprobs = false;
+  std::shared_ptr<const WordList> word_list;  // of bad_words; made by submit
   RuleList rules;                 // what else decides about its tokens; they pass to the scheduler
   std::string cache_salt;         // requests of different salts share nothing that was computed
   std::string session;            // not empty: cancels what came before it of the same session and salt,
@@ -118,14 +119,12 @@ class Engine {
     int cached_tokens = 0;
     double cum_logprob = 0;
     std::unique_ptr<BeamSearch> beams;  // with beams, else nullptr
-    std::shared_ptr<const WordList> bad_words;
     std::vector<TopTokens> next;        // [beams that run] what may follow them, of those whose row has been computed
     int missing = 0;                    // the others
   };
 
   void validate(const Request& r) const;
   void add_rules(Request& r) const;
-  std::shared_ptr<const WordList> word_list(const Request& r) const;
   void validate_beams(const Request& r) const;
   void run_beams(Live& live);
   void take_beam(int64_t row, const int32_t* tokens, const float* logprobs);

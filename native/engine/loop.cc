@@ -62,7 +62,6 @@ void Engine::add(Live& live) {
   if (r.deadline_ms > 0) deadlines_.emplace(live.submitted + std::chrono::milliseconds(r.deadline_ms), Late{live.uid, Finish::deadline});
   if (r.beams.width > 1) {
     live.beams = std::make_unique<BeamSearch>(r.beams, r.max_tokens, r.eos_ids, live.text);
-    if (!r.bad_words.empty()) live.bad_words = word_list(r);
     return run_beams(live);
   }
   const Limits& limits = scheduler_.limits();

@@ -88,6 +88,7 @@ void Engine::validate(const Request& r) const {
 }
 
 void Engine::add_rules(Request& r) const {
+  if (!r.bad_words.empty()) r.word_list = std::make_shared<const WordList>(r.bad_words, &token_bytes_, &tokens_by_bytes_, runner_->config().vocab);
   if (r.beams.width > 1) return;  // its rows have rules of their own
   if (!r.prefix.empty()) {
     PrefixConstraint constraint(&trie_, r.prefix);
@@ -99,11 +100,7 @@ void Engine::add_rules(Request& r) const {
     rules->begin_with(r.prefix.size(), &token_bytes_);
     r.rules.push_back(std::move(rules));
   }
-  if (!r.bad_words.empty()) r.rules.push_back(std::make_unique<BadWords>(word_list(r), r.prompt));
-}
-
-std::shared_ptr<const WordList> Engine::word_list(const Request& r) const {
-  return std::make_shared<const WordList>(r.bad_words, &token_bytes_, &tokens_by_bytes_, runner_->config().vocab);
+  if (r.word_list) r.rules.push_back(std::make_unique<BadWords>(r.word_list, r.prompt));
 }
 
 }  // namespace codefuse
