@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <exception>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -24,24 +25,36 @@ struct FileRecord {
 // The "files" of a config.json, empty if it has none; LoadError names the key, the value found and what was expected.
 std::vector<FileRecord> parse_file_records(const std::string& config_text, const std::string& path);
 
+// Hashes the files while they are loaded: what a device reads through read() is hashed on the way, while it is in the cache, whatever the
+// order in which it is read; the rest afterwards.
+// Holds the files to their records while they are loaded. What a device reads through read() is hashed on the way, while it is in the cache
+// and in whatever order it is read; the rest is hashed after that.
 class Verification {
  public:
-  // Compares names and sizes at once (LoadError: file, expected, found) and starts hashing on up to `threads` threads. files must outlive it.
-  Verification(const Weights& files, std::vector<FileRecord> records, int threads);
+  // Compares names and sizes (LoadError: file, expected, found). threads: of start(). ahead_bytes: what may be kept of bytes that were read
+  // before those in front of them, a sixteenth of their size; of more, none is, and they are read again. files must outlive it.
+  Verification(const Weights& files, std::vector<FileRecord> records, int threads, size_t ahead_bytes = size_t(64) << 20);
   ~Verification();  // stops where it is
-  void wait();      // LoadError: file, tensor, checksum expected and found
+  // Copies what `from` points to, in a file or elsewhere; from any thread, best some MB at once. LoadError if a file cannot be read.
+  void read(uint8_t* to, const uint8_t* from, size_t bytes);
+  void start();  // hashes what nobody has read, on threads of its own
+  void wait();   // start() and its end; LoadError: file, tensor, checksum expected and found
 
-  double seconds() const { return seconds_; }  // from the start to the last hash, after wait()
+  double seconds() const { return seconds_; }  // from the beginning to the last hash, after wait()
   int64_t bytes() const { return bytes_; }
 
  private:
+  struct Job;
   void work();
-  void check(const WeightsFile& file, const FileRecord& record);
+  void advance(Job& job, bool whole);
+  void finish(Job& job);
 
   const Weights& files_;
-  std::vector<std::pair<const WeightsFile*, FileRecord>> jobs_;  // the largest first
+  const int threads_most_;
+  const size_t ahead_most_;
+  std::vector<std::unique_ptr<Job>> jobs_;  // the largest first
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
-  std::atomic<size_t> next_{0};
+  std::atomic<size_t> next_{0}, ahead_bytes_{0};  // job; bytes of sums that wait, of all jobs
   std::atomic<bool> stop_{false};
   std::mutex mutex_;
   std::exception_ptr error_;

@@ -47,28 +47,37 @@ const char* name_of(Element e) {
   return "";
 }
 
-MappedFile::MappedFile(const std::string& path) {
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd < 0) throw LoadError(cat(path, ": cannot be opened: ", std::strerror(errno)));
+MappedFile::MappedFile(const std::string& path) : path_(path), fd_(::open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
+  if (fd_ < 0) throw LoadError(cat(path, ": cannot be opened: ", std::strerror(errno)));
   struct stat info;
-  if (::fstat(fd, &info) != 0 || !S_ISREG(info.st_mode)) {
-    ::close(fd);
+  if (::fstat(fd_, &info) != 0 || !S_ISREG(info.st_mode)) {
+    ::close(fd_);
     throw LoadError(cat(path, ": not a regular file"));
   }
   size_ = size_t(info.st_size);
-  if (size_ > 0) {
-    void* p = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fd, 0);
+  if (size_ == 0) return;
+  void* p = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, fd_, 0);
+  if (p == MAP_FAILED) {
     const int error = errno;
-    ::close(fd);
-    if (p == MAP_FAILED) throw LoadError(cat(path, ": cannot be mapped (", size_, " bytes): ", std::strerror(error)));
-    data_ = static_cast<const uint8_t*>(p);
-  } else {
-    ::close(fd);
+    ::close(fd_);
+    throw LoadError(cat(path, ": cannot be mapped (", size_, " bytes): ", std::strerror(error)));
   }
+  data_ = static_cast<const uint8_t*>(p);
 }
 
 MappedFile::~MappedFile() {
   if (data_) ::munmap(const_cast<uint8_t*>(data_), size_);
+  ::close(fd_);
+}
+
+void MappedFile::read(uint8_t* to, const uint8_t* from, size_t bytes) const {
+  for (size_t at = size_t(from - data_); bytes > 0;) {
+    const ssize_t n = ::pread(fd_, to, bytes, off_t(at));
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0)
+      throw LoadError(cat(path_, ": cannot be read at byte ", at, ": ", n < 0 ? std::strerror(errno) : "it ends there; it has become shorter"));
+    to += n, at += size_t(n), bytes -= size_t(n);
+  }
 }
 
 void populate(const uint8_t* data, size_t bytes) {
@@ -170,6 +179,12 @@ void Weights::add_file(const std::string& path) {
   for (size_t i = 1; i < entries.size(); ++i)
     if (entries[i].begin < entries[i - 1].end)
       throw LoadError(cat(path, ": tensor ", entries[i].name, " overlaps tensor ", entries[i - 1].name));
+}
+
+const WeightsFile* Weights::file_at(const uint8_t* p) const {
+  for (const auto& f : files_)
+    if (f->memory.holds(p)) return f.get();
+  return nullptr;
 }
 
 const TensorView* Weights::find(const std::string& name) const {

@@ -20,8 +20,13 @@ class MappedFile {
   MappedFile& operator=(const MappedFile&) = delete;
   const uint8_t* data() const { return data_; }
   size_t size() const { return size_; }
+  bool holds(const uint8_t* p) const { return p >= data_ && p < data_ + size_; }
+  // The bytes that are mapped at `from`, without mapping pages for them: what is read once is cheaper so. LoadError.
+  void read(uint8_t* to, const uint8_t* from, size_t bytes) const;
 
  private:
+  const std::string path_;
+  int fd_ = -1;
   const uint8_t* data_ = nullptr;
   size_t size_ = 0;
 };
@@ -70,6 +75,8 @@ class Weights {
   const std::string& directory() const { return directory_; }
   const std::vector<std::unique_ptr<WeightsFile>>& files() const { return files_; }
   const std::map<std::string, TensorView>& tensors() const { return tensors_; }
+  // The file that is mapped at p; nullptr if p is elsewhere in memory.
+  const WeightsFile* file_at(const uint8_t* p) const;
 
  private:
   void add_file(const std::string& path);

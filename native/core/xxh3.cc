@@ -2,8 +2,8 @@
 
 #include <cstring>
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
 #endif
 
 namespace codefuse {
@@ -92,7 +92,9 @@ uint64_t hash_to_240(const uint8_t* in, size_t n) {
   return avalanche(h + mixed16(in + n - 16, kSecret + 136 - 17));
 }
 
-#if defined(__SSE2__)
+constexpr const uint8_t* kEndSecret = kSecret + kSecretSize - kStripe;  // of a block
+
+#if defined(__x86_64__)
 void accumulate(uint64_t* acc, const uint8_t* in, const uint8_t* secret) {
   auto* const a = reinterpret_cast<__m128i*>(acc);
   for (int i = 0; i < 4; ++i) {
@@ -102,6 +104,36 @@ void accumulate(uint64_t* acc, const uint8_t* in, const uint8_t* secret) {
     a[i] = _mm_add_epi64(_mm_add_epi64(a[i], _mm_shuffle_epi32(v, _MM_SHUFFLE(1, 0, 3, 2))), product);
   }
 }
+
+// A whole block onto acc.
+__attribute__((target("avx2"))) void accumulate_block_avx2(uint64_t* acc, const uint8_t* in) {
+  auto* const to = reinterpret_cast<__m256i*>(acc);
+  __m256i a[2] = {_mm256_loadu_si256(to), _mm256_loadu_si256(to + 1)};
+  for (size_t s = 0; s < kStripes; ++s)
+    for (int i = 0; i < 2; ++i) {
+      const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + s * kStripe) + i);
+      const __m256i key = _mm256_xor_si256(v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kSecret + s * 8) + i));
+      const __m256i product = _mm256_mul_epu32(key, _mm256_srli_epi64(key, 32));
+      a[i] = _mm256_add_epi64(_mm256_add_epi64(a[i], _mm256_shuffle_epi32(v, _MM_SHUFFLE(1, 0, 3, 2))), product);
+    }
+  _mm256_storeu_si256(to, a[0]), _mm256_storeu_si256(to + 1, a[1]);
+}
+__attribute__((target("avx2"))) void add_avx2(uint64_t* acc, const uint64_t* sums, size_t count) {
+  auto* const to = reinterpret_cast<__m256i*>(acc);
+  const auto* const ends = reinterpret_cast<const __m256i*>(kEndSecret);
+  __m256i a[2] = {_mm256_loadu_si256(to), _mm256_loadu_si256(to + 1)};
+  const __m256i key[2] = {_mm256_loadu_si256(ends), _mm256_loadu_si256(ends + 1)}, prime = _mm256_set1_epi64x(kPrime32);
+  for (; count > 0; --count, sums += Xxh3::kSums)
+    for (int i = 0; i < 2; ++i) {
+      const __m256i v = _mm256_add_epi64(a[i], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums) + i));
+      const __m256i mixed = _mm256_xor_si256(_mm256_xor_si256(v, key[i]), _mm256_srli_epi64(v, 47));
+      const __m256i high = _mm256_mul_epu32(_mm256_srli_epi64(mixed, 32), prime);
+      a[i] = _mm256_add_epi64(_mm256_mul_epu32(mixed, prime), _mm256_slli_epi64(high, 32));
+    }
+  _mm256_storeu_si256(to, a[0]), _mm256_storeu_si256(to + 1, a[1]);
+}
+
+const bool kAvx2 = __builtin_cpu_supports("avx2");
 #else
 void accumulate(uint64_t* acc, const uint8_t* in, const uint8_t* secret) {
   for (int i = 0; i < 8; ++i) {
@@ -112,16 +144,42 @@ void accumulate(uint64_t* acc, const uint8_t* in, const uint8_t* secret) {
 }
 #endif
 
+void accumulate_block(uint64_t* acc, const uint8_t* in, [[maybe_unused]] bool plain) {
+#if defined(__x86_64__)
+  if (kAvx2 && !plain) return accumulate_block_avx2(acc, in);
+#endif
+  alignas(16) uint64_t own[8];  // stays in registers
+  std::memcpy(own, acc, sizeof own);
+  for (size_t s = 0; s < kStripes; ++s) accumulate(own, in + s * kStripe, kSecret + s * 8);
+  std::memcpy(acc, own, sizeof own);
+}
+
 }  // namespace
 
+void Xxh3::sums(const uint8_t* data, size_t count, uint64_t* out, bool plain) {
+  std::memset(out, 0, count * kSums * sizeof *out);
+  for (; count > 0; --count, data += kBlock, out += kSums) accumulate_block(out, data, plain);
+}
+
+void Xxh3::add(const uint64_t* sums, size_t count) {
+#if defined(__x86_64__)
+  if (kAvx2 && !plain_) return add_avx2(acc_, sums, count);
+#endif
+  for (; count > 0; --count, sums += kSums)
+    for (size_t i = 0; i < kSums; ++i) {
+      const uint64_t v = acc_[i] + sums[i];
+      acc_[i] = (v ^ v >> 47 ^ read64(kEndSecret + 8 * i)) * kPrime32;
+    }
+}
+
 void Xxh3::blocks(const uint8_t* data, size_t count) {
-  alignas(16) uint64_t acc[8];  // of its own: it stays in registers
-  std::memcpy(acc, acc_, sizeof acc);
-  for (; count > 0; --count, data += kBlock) {
-    for (size_t s = 0; s < kStripes; ++s) accumulate(acc, data + s * kStripe, kSecret + s * 8);
-    for (int i = 0; i < 8; ++i) acc[i] = (acc[i] ^ acc[i] >> 47 ^ read64(kSecret + kSecretSize - kStripe + 8 * i)) * kPrime32;
+  constexpr size_t kAtOnce = 16;  // their sums do not wait for each other
+  uint64_t sum[kAtOnce * kSums];
+  for (size_t n; count > 0; count -= n, data += n * kBlock) {
+    n = count < kAtOnce ? count : kAtOnce;
+    sums(data, n, sum, plain_);
+    add(sum, n);
   }
-  std::memcpy(acc_, acc, sizeof acc);
 }
 
 uint64_t Xxh3::end(const uint8_t* input, size_t total) {
@@ -133,12 +191,12 @@ uint64_t Xxh3::end(const uint8_t* input, size_t total) {
   return avalanche(h);
 }
 
-uint64_t xxh3_64(const void* data, size_t size) {
+uint64_t xxh3_64(const void* data, size_t size, bool plain) {
   const auto* in = static_cast<const uint8_t*>(data);
   if (size <= 16) return hash_to_16(in, size);
   if (size <= 128) return hash_to_128(in, size);
   if (size <= 240) return hash_to_240(in, size);
-  Xxh3 h;
+  Xxh3 h(plain);
   h.blocks(in, (size - 1) / Xxh3::kBlock);
   return h.end(in, size);
 }

@@ -25,6 +25,7 @@ class CudaOps final : public Ops {
 
   void* alloc(size_t bytes) override;
   size_t free_memory() const override;
+  void read_matrices_by(const ReadBytes& read) override { read_ = read; }
   Matrix load_matrix(const std::vector<HostMatrix>& parts) override;
   void finish_loading() override;
   const float* load_vector(const HostMatrix& v) override;
@@ -92,6 +93,7 @@ class CudaOps final : public Ops {
   const std::shared_ptr<Turns> turns_;
   std::vector<void*> owned_;
   const int copy_threads_;
+  ReadBytes read_;                      // of uploader_; none: memory is copied
   std::unique_ptr<Uploader> uploader_;  // while matrices are being loaded
   std::vector<std::pair<float*, std::vector<float>>> vectors_;  // for finish_loading(): each would wait behind matrices on the bus
   int32_t* overflow_ = nullptr;  // a weight did not fit the compute dtype

@@ -19,7 +19,7 @@ __global__ void probe() {}
 }  // namespace
 
 CudaOps::CudaOps(int index, DType act, int threads)
-    : index_(index), act_(act), turns_(Turns::of(index)), copy_threads_(std::clamp((threads > 0 ? threads : int(std::thread::hardware_concurrency())) * 5 / 8, 1, 12)) {
+    : index_(index), act_(act), turns_(Turns::of(index)), copy_threads_(std::clamp((threads > 0 ? threads : int(std::thread::hardware_concurrency())) * 3 / 4, 1, 12)) {
   use();
   cudaFuncAttributes code;
   check(cudaFuncGetAttributes(&code, probe), "this build has no code for this GPU (CODEFUSE_CUDA_ARCHS)");
@@ -96,7 +96,7 @@ Matrix CudaOps::load_matrix(const std::vector<HostMatrix>& parts) {
   out.data = data;
   if (!uploader_) {
     check(cudaStreamSynchronize(s_.stream), "uploading weights");  // overflow_ is cleared there
-    uploader_ = std::make_unique<Uploader>(index_, act_, s_, overflow_, copy_threads_);
+    uploader_ = std::make_unique<Uploader>(index_, act_, s_, overflow_, read_, copy_threads_);
   }
   uploader_->add(parts, data);
   quantized_ |= is_quantized(format);
@@ -107,6 +107,7 @@ void CudaOps::finish_loading() {
   use();
   if (uploader_) uploader_->wait();
   uploader_.reset();
+  read_ = nullptr;
   for (const auto& [data, host] : vectors_)
     check(cudaMemcpyAsync(data, host.data(), host.size() * sizeof(float), cudaMemcpyHostToDevice, s_.stream), "uploading weights");
   check_overflow();  // waits for the copies

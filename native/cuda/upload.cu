@@ -1,8 +1,10 @@
 #include "cuda/upload.h"
 
+#include <sys/mman.h>
+
+#include <cerrno>
 #include <cstring>
 
-#include "core/safetensors.h"
 #include "cuda/kernels.h"
 #include "cuda/tiles.cuh"
 
@@ -11,43 +13,120 @@ namespace codefuse::cuda {
 namespace {
 
 constexpr size_t kPieceBytes = 16 << 20;  // of a piece, unless one row group is larger
-constexpr size_t kSmall = 1 << 20;        // a slot for less is made to measure
-constexpr int kSlots = 2;                 // of a thread: one is filled while the other is on its way
+constexpr size_t kPinnedBytes = 4 << 20;  // read, then sent; so few that of all threads they stay in the cache
+constexpr int kPinned = 2;                // of a thread: one is filled while the other is on its way
 constexpr size_t kAlign = 16;
-
-size_t aligned(size_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 
 size_t bytes_a_row(const HostMatrix& m) { return row_bytes(m.format, m.cols) + scale_bytes(m.format, m.cols) + zero_bytes(m.format, m.cols); }
 
-}  // namespace
+// Pinned memory of huge pages, where the system has them: allocated by cudaMallocHost it takes 10 times as long, half a millisecond a MB.
+class Pinned {
+ public:
+  static constexpr size_t kBytes = kPinned * kPinnedBytes, kHugePage = 2 << 20;
 
-struct Uploader::Slot {
-  void *host = nullptr, *device = nullptr;
-  size_t bytes = 0;
-  cudaEvent_t done = nullptr;  // copied and re-tiled
-
-  ~Slot() {
-    if (done) cudaEventSynchronize(done), cudaEventDestroy(done);
-    cudaFreeHost(host);
-    cudaFree(device);
+  Pinned() {
+    base_ = ::mmap(nullptr, kBytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base_ == MAP_FAILED) throw DeviceError(cat("no memory for uploading weights (", kBytes, " bytes): ", std::strerror(errno)));
+    data_ = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(base_) + kHugePage - 1) / kHugePage * kHugePage);
+    ::madvise(data_, kBytes, MADV_HUGEPAGE);
+    for (size_t i = 0; i < kBytes; i += 4096) data_[i] = 0;  // by this thread: registering would make the pages under the driver's lock
+    const cudaError_t e = cudaHostRegister(data_, kBytes, cudaHostRegisterDefault);
+    if (e != cudaSuccess) ::munmap(base_, kBytes + kHugePage);
+    check(e, "pinning memory for uploading weights");
   }
-
-  void make_room(size_t needed) {
-    if (!done) check(cudaEventCreateWithFlags(&done, cudaEventDisableTiming | cudaEventBlockingSync), "event");  // who waits leaves the core to others
-    check(cudaEventSynchronize(done), "uploading weights");
-    if (bytes >= needed) return;
-    cudaFreeHost(host);
-    cudaFree(device);
-    host = device = nullptr;
-    bytes = 0;
-    check(cudaMallocHost(&host, needed), "pinned memory for uploading weights");
-    check(cudaMalloc(&device, needed), "memory for uploading weights");
-    bytes = needed;
+  ~Pinned() {
+    cudaHostUnregister(data_);
+    ::munmap(base_, kBytes + kHugePage);
   }
+  Pinned(const Pinned&) = delete;
+  Pinned& operator=(const Pinned&) = delete;
+  uint8_t* part(int i) const { return data_ + size_t(i) * kPinnedBytes; }
+
+ private:
+  void* base_;
+  uint8_t* data_;
 };
 
-Uploader::Uploader(int index, DType act, const Stream& like, int32_t* overflow, int threads)
-    : index_(index), act_(act), like_(like), overflow_(overflow), threads_most_(std::max(1, threads)) {}
+}  // namespace
+
+// A thread's way to the device: bytes go in order through pinned memory into memory there, where kernels on the same stream read them.
+class Uploader::Lane {
+ public:
+  Lane(const Stream& like, const Ops::ReadBytes& read) : read_(read), s_(like) {
+    s_.stream = nullptr;
+    try {
+      check(cudaStreamCreateWithFlags(&s_.stream, cudaStreamNonBlocking), "stream");
+      for (cudaEvent_t& e : sent_) check(cudaEventCreateWithFlags(&e, cudaEventDisableTiming | cudaEventBlockingSync), "event");  // who waits leaves the core to others
+    } catch (...) {
+      release();
+      throw;
+    }
+  }
+  ~Lane() { release(); }
+  Lane(const Lane&) = delete;
+  Lane& operator=(const Lane&) = delete;
+
+  const Stream& stream() const { return s_; }
+  void wait() { check(cudaStreamSynchronize(s_.stream), "uploading weights"); }
+
+  // Up to `most` bytes follow. The kernels that read those before are on the stream.
+  void begin(size_t most) {
+    at_ = 0;
+    if (room_ >= most) return;
+    wait();
+    cudaFree(device_);
+    device_ = nullptr, room_ = 0;
+    check(cudaMalloc(&device_, most), "memory for uploading weights");
+    room_ = most;
+  }
+  // Where the next bytes will lie on the device.
+  const uint8_t* aligned() {
+    const size_t gap = (kAlign - at_ % kAlign) % kAlign;
+    at_ += gap, filled_ += gap;
+    if (filled_ == kPinnedBytes) send();
+    return device_ + at_;
+  }
+  void put(const uint8_t* from, size_t bytes) {
+    while (bytes > 0) {
+      if (filled_ == 0) check(cudaEventSynchronize(sent_[part_]), "uploading weights");
+      const size_t count = std::min(bytes, kPinnedBytes - filled_);
+      read_(pinned_.part(part_) + filled_, from, count);
+      at_ += count, filled_ += count, from += count, bytes -= count;
+      if (filled_ == kPinnedBytes) send();
+    }
+  }
+  void end() {
+    if (filled_ > 0) send();
+  }
+
+ private:
+  void send() {
+    check(cudaMemcpyAsync(device_ + at_ - filled_, pinned_.part(part_), filled_, cudaMemcpyHostToDevice, s_.stream), "uploading weights");
+    check(cudaEventRecord(sent_[part_], s_.stream), "uploading weights");
+    part_ = (part_ + 1) % kPinned;
+    filled_ = 0;
+  }
+  void release() {
+    if (s_.stream) cudaStreamSynchronize(s_.stream);
+    for (cudaEvent_t e : sent_)
+      if (e) cudaEventDestroy(e);
+    cudaFree(device_);
+    if (s_.stream) cudaStreamDestroy(s_.stream);
+  }
+
+  const Ops::ReadBytes& read_;
+  Stream s_;
+  Pinned pinned_;
+  uint8_t* device_ = nullptr;
+  cudaEvent_t sent_[kPinned] = {};
+  size_t room_ = 0, at_ = 0, filled_ = 0;  // bytes: of device_; put since begin(); of these not yet sent
+  int part_ = 0;                           // of pinned_ that is being filled
+};
+
+Uploader::Uploader(int index, DType act, const Stream& like, int32_t* overflow, Ops::ReadBytes read, int threads)
+    : index_(index), act_(act), like_(like), overflow_(overflow), read_(std::move(read)), threads_most_(std::max(1, threads)) {
+  if (!read_) read_ = [](uint8_t* to, const uint8_t* from, size_t bytes) { std::memcpy(to, from, bytes); };
+}
 
 Uploader::~Uploader() {
   {
@@ -95,22 +174,27 @@ void Uploader::wait() {
 }
 
 void Uploader::work() {
-  Stream s = like_;
-  s.stream = nullptr;
-  Slot slots[kSlots];
-  int next = 0;
+  std::unique_ptr<Lane> lane;
   bool working = false;  // holds a piece, or what it sent is still on its way
-  std::exception_ptr error;
   std::unique_lock<std::mutex> lock(mutex_);
+  const auto unlocked = [&](const auto& f) {
+    lock.unlock();
+    std::exception_ptr error;
+    try {
+      f();
+    } catch (...) {
+      error = std::current_exception();
+    }
+    lock.lock();
+    if (error && !error_) error_ = error;
+  };
   for (;;) {
     if (pieces_.empty() && working) {
-      lock.unlock();
-      if (!error && cudaStreamSynchronize(s.stream) != cudaSuccess) error = std::make_exception_ptr(DeviceError("CUDA: uploading weights failed"));
-      lock.lock();
+      unlocked([&] {
+        if (lane) lane->wait();
+      });
       working = false;
-      --busy_;
-      if (error && !error_) error_ = error;
-      if (busy_ == 0 && pieces_.empty()) idle_.notify_all();
+      if (--busy_ == 0 && pieces_.empty()) idle_.notify_all();
       continue;
     }
     if (stop_ && pieces_.empty()) break;
@@ -122,67 +206,44 @@ void Uploader::work() {
     pieces_.pop_front();
     if (!working) ++busy_, working = true;
     if (error_) continue;  // what is left is dropped
-    lock.unlock();
-    try {
-      if (!s.stream) {
+    unlocked([&] {
+      if (!lane) {
         check(cudaSetDevice(index_), "choosing the device");
-        check(cudaStreamCreateWithFlags(&s.stream, cudaStreamNonBlocking), "stream");
+        lane = std::make_unique<Lane>(like_, read_);
       }
-      load(piece, slots[next++ % kSlots], s);
-    } catch (...) {
-      error = std::current_exception();
-    }
-    lock.lock();
-    if (error && !error_) error_ = error;
+      load(piece, *lane);
+    });
   }
-  lock.unlock();
-  if (s.stream) cudaStreamDestroy(s.stream);
 }
 
-// Packs the rows' elements or codes, scales and zeros into the slot; on_device: the same as the device will see it. Returns bytes.
-size_t Uploader::fill(const Piece& piece, const Slot& slot, HostMatrix& on_device) {
-  size_t at = 0;
-  const auto put = [&](const auto& rows_of /*(part) -> HostRows*/, size_t row) -> const uint8_t* {
-    if (row == 0) return nullptr;
-    const size_t begin = at;
+void Uploader::load(const Piece& piece, Lane& lane) {
+  HostMatrix rows = piece.parts[0];  // as the device will see them
+  rows.rows = 0;
+  for (const HostMatrix& p : piece.parts) rows.rows += p.rows;
+  lane.begin(std::max(size_t(rows.rows) * bytes_a_row(rows) + 3 * kAlign, kPieceBytes));
+  const auto send = [&](const auto& rows_of /*(part) -> HostRows*/, size_t row) -> HostRows {
+    if (row == 0) return {};
+    const uint8_t* const there = lane.aligned();
     for (const HostMatrix& p : piece.parts) {
       const HostRows from = rows_of(p);
-      uint8_t* const to = static_cast<uint8_t*>(slot.host) + at;
-      if (from.stride == row) {
-        populate(from.data, size_t(p.rows) * row);
-        std::memcpy(to, from.data, size_t(p.rows) * row);
-      } else {
-        for (int64_t r = 0; r < p.rows; ++r) std::memcpy(to + size_t(r) * row, from.row(r), row);
-      }
-      at += size_t(p.rows) * row;
+      if (from.stride == row)
+        lane.put(from.data, size_t(p.rows) * row);
+      else
+        for (int64_t r = 0; r < p.rows; ++r) lane.put(from.row(r), row);
     }
-    at = aligned(at);
-    return static_cast<const uint8_t*>(slot.device) + begin;
+    return {there, row};
   };
-  const HostMatrix& m = piece.parts[0];
-  const size_t row = row_bytes(m.format, m.cols), scale = scale_bytes(m.format, m.cols), zero = zero_bytes(m.format, m.cols);
-  on_device = m;
-  on_device.rows = 0;
-  for (const HostMatrix& p : piece.parts) on_device.rows += p.rows;
-  on_device.data = put([](const HostMatrix& p) { return HostRows{p.data, p.stride}; }, row);
-  on_device.stride = row;
-  on_device.scale = {put([](const HostMatrix& p) { return p.scale; }, scale), scale};
-  on_device.zero = {put([](const HostMatrix& p) { return p.zero; }, zero), zero};
-  return at;
-}
-
-void Uploader::load(const Piece& piece, Slot& slot, const Stream& s) {
-  size_t needed = 3 * kAlign;
-  for (const HostMatrix& p : piece.parts) needed += size_t(p.rows) * bytes_a_row(p);
-  slot.make_room(needed > kSmall ? std::max(needed, kPieceBytes + 3 * kAlign) : needed);
-  HostMatrix rows;
-  const size_t bytes = fill(piece, slot, rows);
-  check(cudaMemcpyAsync(slot.device, slot.host, bytes, cudaMemcpyHostToDevice, s.stream), "uploading weights");
+  const HostRows data = send([](const HostMatrix& p) { return HostRows{p.data, p.stride}; }, row_bytes(rows.format, rows.cols));
+  rows.data = data.data;
+  rows.stride = data.stride;
+  rows.scale = send([](const HostMatrix& p) { return p.scale; }, scale_bytes(rows.format, rows.cols));
+  rows.zero = send([](const HostMatrix& p) { return p.zero; }, zero_bytes(rows.format, rows.cols));
+  lane.end();
+  const Stream& s = lane.stream();
   if (is_quantized(rows.format))
     repack_quantized(s, act_, rows, piece.total_rows, piece.data, piece.first_row, overflow_);
   else
-    repack(s, act_, rows.format, slot.device, int(rows.rows), int(rows.cols), piece.data, piece.first_row, overflow_);
-  check(cudaEventRecord(slot.done, s.stream), "uploading weights");
+    repack(s, act_, rows.format, rows.data, int(rows.rows), int(rows.cols), piece.data, piece.first_row, overflow_);
 }
 
 }  // namespace codefuse::cuda

@@ -1,5 +1,5 @@
-// Weights on their way to the device: threads that each copy rows from the mapped files into pinned memory, send them and re-tile them
-// there, on a stream of their own, so that copies from the files, the bus and the kernels overlap.
+// Weights on their way to the device: threads that each read rows of the files into pinned memory, send them and re-tile them there, on a
+// stream of their own, so that reading, the bus and the kernels overlap.
 #pragma once
 #include <condition_variable>
 #include <deque>
@@ -11,20 +11,22 @@
 #include "core/dtype.h"
 #include "cuda/device.cuh"
 #include "formats/format.h"
+#include "ops/ops.h"
 
 namespace codefuse::cuda {
 
 class Uploader {
  public:
-  // like: what the device can do; overflow: device memory, set to 1 for a value that act cannot hold.
-  Uploader(int index, DType act, const Stream& like, int32_t* overflow, int threads);
+  // like: what the device can do; overflow: device memory, set to 1 for a value that act cannot hold; read: copies bytes that parts point
+  // to, none: memcpy.
+  Uploader(int index, DType act, const Stream& like, int32_t* overflow, Ops::ReadBytes read, int threads);
   ~Uploader();  // drops what has not begun
   Uploader(const Uploader&) = delete;
   Uploader& operator=(const Uploader&) = delete;
 
   // The rows of parts one below the other, for data in device memory, which no earlier work may still write.
   void add(const std::vector<HostMatrix>& parts, void* data);
-  void wait();  // until all of it is on the device and no part is read any more; DeviceError
+  void wait();  // until all of it is on the device and no part is read any more; DeviceError, what read throws
 
  private:
   struct Piece {  // rows of whole row groups
@@ -32,15 +34,15 @@ class Uploader {
     int64_t first_row, total_rows;
     void* data;
   };
-  struct Slot;
+  class Lane;
   void work();
-  void load(const Piece& piece, Slot& slot, const Stream& s);
-  static size_t fill(const Piece& piece, const Slot& slot, HostMatrix& on_device);
+  void load(const Piece& piece, Lane& lane);
 
   const int index_;
   const DType act_;
   const Stream like_;
   int32_t* const overflow_;
+  Ops::ReadBytes read_;
   const int threads_most_;
 
   std::mutex mutex_;

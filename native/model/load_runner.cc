@@ -97,17 +97,18 @@ class ModelRunner final : public Runner {
     for (const auto& f : files_->files())
       if (!f->architecture.empty() && f->architecture != config.architecture)
         throw LoadError(cat(o.weights, "/", f->name, ": architecture is \"", f->architecture, "\" in its metadata; expected \"", config.architecture, "\" as in config.json"));
-    Verification verification(*files_, std::move(records), verifying_threads());
+    verification_ = std::make_unique<Verification>(*files_, std::move(records), threads_of(o));
     try {
       load(o, start);
     } catch (const LoadError&) {
-      verification.wait();  // if the files are damaged, that is what is wrong
+      verification_->wait();  // if the files are damaged, that is what is wrong
       throw;
     }
-    verification.wait();
-    stats_.verified_s = verification.seconds();
-    stats_.verified_bytes = verification.bytes();
+    verification_->wait();
+    stats_.verified_s = verification_->seconds();
+    stats_.verified_bytes = verification_->bytes();
     stats_.total_s = since(start);
+    verification_.reset();
     if (device() != "cpu") files_.reset();
   }
 
@@ -151,8 +152,7 @@ class ModelRunner final : public Runner {
     std::unique_ptr<Model> model;
   };
 
-  // Uploading has the other cores.
-  static int verifying_threads() { return std::max(1, int(std::thread::hardware_concurrency()) * 3 / 8); }
+  static int threads_of(const RunnerOptions& o) { return o.threads > 0 ? o.threads : int(std::thread::hardware_concurrency()); }
 
   void load(const RunnerOptions& o, std::chrono::steady_clock::time_point start) {
     const Weights& files = *files_;
@@ -161,15 +161,14 @@ class ModelRunner final : public Runner {
     rank_.resize(size_t(world));
     const Element embedded = files.at("embed.weight", {config.vocab, config.hidden}).element;  // never quantized
     const DType stored = embedded == Element::f16 ? DType::f16 : embedded == Element::bf16 ? DType::bf16 : DType::f32;
-    int threads = o.threads > 0 ? o.threads : int(std::thread::hardware_concurrency());
-    if (world > 1) threads = std::max(1, threads / world);
+    const int threads = world > 1 ? std::max(1, threads_of(o) / world) : o.threads;
     limits_.slots = o.slots;
     limits_.rows = o.prefill_rows + o.slots;
     limits_.max_len = o.max_len > 0 ? o.max_len : config.max_positions;
     std::vector<ModelWeights> weights(static_cast<size_t>(world));
     ranks_.run([&](int r) {
       Rank& rank = rank_[size_t(r)];
-      rank.ops = make_ops(o.device, o.dtype, stored, world > 1 ? threads : o.threads);
+      rank.ops = make_ops(o.device, o.dtype, stored, threads);
       if (r == 0) stats_.device_s = since(start);
       if (world > 1 && rank.ops->device() != "cpu")
         throw ValueError(cat("tensor_parallel is ", world, "; expected 1 on ", rank.ops->device(), " in this version"));
@@ -178,11 +177,14 @@ class ModelRunner final : public Runner {
       } else {
         rank.comm = std::make_unique<SingleComm>();
       }
+      rank.ops->read_matrices_by([this](uint8_t* to, const uint8_t* from, size_t bytes) { verification_->read(to, from, bytes); });
+      if (r == 0 && rank.ops->device() == "cpu") verification_->start();  // it reads the weights where they are mapped
       weights[size_t(r)] = load_model_weights(config, files, *rank.ops, *rank.comm);
       rank.ops->finish_loading();
     });
     for (const ModelWeights& w : weights) stats_.weight_bytes += w.loaded;
     stats_.weights_s = since(start) - stats_.device_s;
+    verification_->start();
     limits_.pages = plan_pages(o, *rank_[0].ops);
     ranks_.run([&](int r) {
       Rank& rank = rank_[size_t(r)];
@@ -206,6 +208,7 @@ class ModelRunner final : public Runner {
 
   const ModelConfig config_;
   std::unique_ptr<Weights> files_;  // the CPU reads the weights from the mapping for as long as it runs
+  std::unique_ptr<Verification> verification_;  // while loading; uploads of rank_ read through it
   Limits limits_;
   std::vector<Rank> rank_;
   int64_t weight_bytes_ = 0;

@@ -3,6 +3,7 @@
 // Pointers are device memory of this Ops. T = rows of the current batch. Calls are ordered; none of those inside a step allocates.
 #pragma once
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 #include <memory>
 #include <string>
@@ -50,6 +51,10 @@ class Ops {
   // ---- load time -------------------------------------------------------------------------------------------------
   virtual void* alloc(size_t bytes) = 0;               // zero-filled; freed with the Ops; DeviceError says how much was asked
   virtual size_t free_memory() const = 0;              // bytes that alloc could still give
+  // How to copy bytes that HostMatrix points to, from any thread until finish_loading(); before the first load_matrix. Without it they are read
+  // from memory, as the CPU does in any case.
+  using ReadBytes = std::function<void(uint8_t* to, const uint8_t* from, size_t bytes)>;
+  virtual void read_matrices_by(const ReadBytes&) {}
   // For linear() and embed(): the rows of the parts, which have one format and as many columns, one below the other. What they point to
   // must stay until finish_loading(), on the CPU as long as this.
   virtual Matrix load_matrix(const std::vector<HostMatrix>& parts) = 0;
