@@ -477,6 +477,29 @@ def test_model(tmp_path, fields):
             assert together == expected
 
 
+def test_damage_is_seen_on_the_way_to_the_device(tmp_path):
+    """Matrices of several pieces, which are hashed as they are uploaded, and vectors between them, which are not."""
+    hf, native = make_neox(tmp_path, vocab_size=10_000, hidden_size=512, intermediate_size=2048)
+    path, = native.glob("*.safetensors")
+    raw = path.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:8 + size])
+    tokens = [int(t) for t in np.random.default_rng(0).integers(0, 10_000, 20)]
+    r = runner(native, device="cuda", dtype="float32")
+    with torch.no_grad():
+        close(r.logits(make_batch(pages_of(r), prefill=[(0, tokens, 0)], logits="all")), hf(torch.tensor([tokens])).logits[0].numpy(), 1e-5)
+    for tensor in ("embed.weight", "layers.0.qkv.weight", "layers.1.norm2.bias", "lm_head.weight"):
+        begin, end = header[tensor]["data_offsets"]
+        for at in (begin, (begin + end) // 2, end - 1):
+            damaged = bytearray(raw)
+            damaged[8 + size + at] ^= 4
+            path.write_bytes(damaged)
+            with pytest.raises(LoadError, match=f"{path.name}: tensor {tensor} is damaged"):
+                runner(native, device="cuda", dtype="bfloat16")
+    path.write_bytes(raw)
+    runner(native, device="cuda", dtype="bfloat16")
+
+
 def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(ValueError, match="head_dim"):
         testing.Ops("cuda", "float16").plan(config(head_dim=12, rope_dim=4), 4, 64, 64, 8)
