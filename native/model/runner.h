@@ -23,7 +23,7 @@ struct RunnerOptions {
 struct LoadStats {
   double device_s = 0;        // until the devices were ready
   double weights_s = 0;       // then until the weights were in their memory
-  double verified_s = 0;      // until the checksums were, which runs beside both; 0: the directory has none
+  double verified_s = 0;      // until every file was checked, from the beginning, mostly during weights_s; 0: the directory has no checksums
   double total_s = 0;
   int64_t weight_bytes = 0;   // of the files, given to the devices, all ranks together
   int64_t verified_bytes = 0;
