@@ -64,6 +64,7 @@ void bind_testing(py::module_& module) {
   bind_testing_ops(m);
   bind_testing_engine(m);
   bind_testing_scheduler(m);
+  bind_testing_files(m);
   bind_testing_layers(m);
   bind_testing_text(m);
 

@@ -57,11 +57,11 @@ def pieces(size, rng, largest):
     return [(a, b - a) for a, b in np.array(list(zip(cuts, cuts[1:])))[rng.permutation(len(cuts) - 1)].tolist()]
 
 
-def test_plain_arithmetic():
-    """What processors without AVX2 use."""
+@pytest.mark.parametrize("kernels", _native.testing.hash_kernels())
+def test_every_processor_hashes_alike(kernels):
     data = np.random.default_rng(1).integers(0, 256, 70_000, dtype=np.uint8).tobytes()
     for size in (0, 16, 240, 241, 1024, 1025, 16 * 1024, 17 * 1024 + 1, 65_536, 70_000):
-        assert _native.testing.xxh3_64_plain(data[:size]) == xxhash.xxh3_64_intdigest(data[:size]), size
+        assert _native.testing.xxh3_64(kernels, data[:size]) == xxhash.xxh3_64_intdigest(data[:size]), size
 
 
 @pytest.mark.parametrize("seed", range(12))

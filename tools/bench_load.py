@@ -8,7 +8,7 @@
 Every load is a process of its own; the files are in the page cache (they are read once before the first). Upload: bytes of the files given
 to the device over the time from when the device was ready until all of them were in its memory, re-tiled; checksums: until the last file was
 checked, from the process's first look at the files. Memory: the most anonymous memory the process held, pinned buffers (8 MB for each of at
-most 12 threads) included, the driver's own and mapped files not.
+most 14 threads) included, the driver's own and mapped files not.
 """
 
 from __future__ import annotations

@@ -67,8 +67,8 @@ struct Verification::Job {
 
   std::mutex mutex;
   std::condition_variable idle;
-  bool busy = false;                              // a thread has hash and done
-  std::map<size_t, std::vector<uint64_t>> ahead;  // sums by their first block
+  bool busy = false;             // a thread has hash and done
+  std::map<size_t, Sums> ahead;  // by their first block
   Xxh3 hash;
   size_t done = 0;  // blocks in hash
 
@@ -115,7 +115,7 @@ void Verification::read(uint8_t* to, const uint8_t* from, size_t bytes) {
   if (found == jobs_.end() || end < first + kStep) return memory.read(to, from, bytes);
   Job& job = **found;
   const size_t count = std::min(end, job.blocks) - first;
-  std::vector<uint64_t> sums(count * Xxh3::kSums);
+  Sums sums = take_sums(count);
   size_t at = first * kBlock - begin;
   memory.read(to, from, at);
   for (size_t b = 0, n; b < count; b += n, at += n * kBlock) {
@@ -126,10 +126,12 @@ void Verification::read(uint8_t* to, const uint8_t* from, size_t bytes) {
   memory.read(to + at, from + at, bytes - at);
   {
     std::lock_guard<std::mutex> lock(job.mutex);
-    if (first < job.done || ahead_bytes_ + bytes_of(sums) > ahead_most_ || !job.ahead.try_emplace(first).second) return;
-    ahead_bytes_ += bytes_of(sums);
-    job.ahead[first] = std::move(sums);
+    if (first >= job.done && ahead_bytes_ + bytes_of(sums) <= ahead_most_ && job.ahead.count(first) == 0) {
+      ahead_bytes_ += bytes_of(sums);
+      job.ahead[first] = std::move(sums);
+    }
   }
+  if (!sums.empty()) return give_back(std::move(sums));
   advance(job, false);
 }
 
@@ -143,7 +145,7 @@ void Verification::advance(Job& job, bool whole) {
     while (!stop_) {
       const auto first = job.ahead.begin();
       size_t next = job.blocks;
-      std::vector<uint64_t> sums;
+      Sums sums;
       if (first != job.ahead.end() && (whole || first->first <= job.done + kGap)) {
         next = first->first;
         sums = std::move(first->second);
@@ -166,9 +168,11 @@ void Verification::advance(Job& job, bool whole) {
           job.hash.blocks(job.block(b), n);
         }
       }
-      job.hash.add(sums.data(), sums.size() / Xxh3::kSums);
+      const size_t count = sums.size() / Xxh3::kSums;
+      job.hash.add(sums.data(), count);
+      give_back(std::move(sums));
       lock.lock();
-      job.done = next + sums.size() / Xxh3::kSums;
+      job.done = next + count;
     }
   } catch (...) {  // of read()
     lock.lock();
@@ -178,6 +182,25 @@ void Verification::advance(Job& job, bool whole) {
   }
   job.busy = false;
   job.idle.notify_all();
+}
+
+Verification::Sums Verification::take_sums(size_t blocks) {
+  Sums sums;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!spare_.empty()) {
+      sums = std::move(spare_.back());
+      spare_.pop_back();
+    }
+  }
+  sums.resize(blocks * Xxh3::kSums);
+  return sums;
+}
+
+void Verification::give_back(Sums sums) {
+  if (sums.empty()) return;
+  std::lock_guard<std::mutex> lock(mutex_);
+  spare_.push_back(std::move(sums));
 }
 
 void Verification::start() {

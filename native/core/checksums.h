@@ -45,9 +45,12 @@ class Verification {
 
  private:
   struct Job;
+  using Sums = std::vector<uint64_t>;  // Xxh3::sums of some blocks
   void work();
   void advance(Job& job, bool whole);
   void finish(Job& job);
+  Sums take_sums(size_t blocks);
+  void give_back(Sums sums);
 
   const Weights& files_;
   const int threads_most_;
@@ -57,6 +60,7 @@ class Verification {
   std::atomic<size_t> next_{0}, ahead_bytes_{0};  // job; bytes of sums that wait, of all jobs
   std::atomic<bool> stop_{false};
   std::mutex mutex_;
+  std::vector<Sums> spare_;  // memory that has been used is cheaper than fresh pages
   std::exception_ptr error_;
   double seconds_ = 0;
   int64_t bytes_ = 0;

@@ -4,6 +4,10 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)  // GCC's own intrinsics "read" undefined registers under full masks
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #endif
 
 namespace codefuse {
@@ -105,18 +109,19 @@ void accumulate(uint64_t* acc, const uint8_t* in, const uint8_t* secret) {
   }
 }
 
-// A whole block onto acc.
-__attribute__((target("avx2"))) void accumulate_block_avx2(uint64_t* acc, const uint8_t* in) {
-  auto* const to = reinterpret_cast<__m256i*>(acc);
-  __m256i a[2] = {_mm256_loadu_si256(to), _mm256_loadu_si256(to + 1)};
-  for (size_t s = 0; s < kStripes; ++s)
-    for (int i = 0; i < 2; ++i) {
-      const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + s * kStripe) + i);
-      const __m256i key = _mm256_xor_si256(v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kSecret + s * 8) + i));
-      const __m256i product = _mm256_mul_epu32(key, _mm256_srli_epi64(key, 32));
-      a[i] = _mm256_add_epi64(_mm256_add_epi64(a[i], _mm256_shuffle_epi32(v, _MM_SHUFFLE(1, 0, 3, 2))), product);
-    }
-  _mm256_storeu_si256(to, a[0]), _mm256_storeu_si256(to + 1, a[1]);
+// Sums of whole blocks: what they add to acc.
+__attribute__((target("avx2"))) void sums_avx2(const uint8_t* in, size_t count, uint64_t* out) {
+  for (; count > 0; --count, in += Xxh3::kBlock, out += Xxh3::kSums) {
+    __m256i a[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    for (size_t s = 0; s < kStripes; ++s)
+      for (int i = 0; i < 2; ++i) {
+        const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in + s * kStripe) + i);
+        const __m256i key = _mm256_xor_si256(v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kSecret + s * 8) + i));
+        const __m256i product = _mm256_mul_epu32(key, _mm256_srli_epi64(key, 32));
+        a[i] = _mm256_add_epi64(_mm256_add_epi64(a[i], _mm256_shuffle_epi32(v, _MM_SHUFFLE(1, 0, 3, 2))), product);
+      }
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), a[0]), _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + 1, a[1]);
+  }
 }
 __attribute__((target("avx2"))) void add_avx2(uint64_t* acc, const uint64_t* sums, size_t count) {
   auto* const to = reinterpret_cast<__m256i*>(acc);
@@ -133,7 +138,20 @@ __attribute__((target("avx2"))) void add_avx2(uint64_t* acc, const uint64_t* sum
   _mm256_storeu_si256(to, a[0]), _mm256_storeu_si256(to + 1, a[1]);
 }
 
-const bool kAvx2 = __builtin_cpu_supports("avx2");
+
+__attribute__((target("avx512f"))) void sums_avx512(const uint8_t* in, size_t count, uint64_t* out) {
+  __m512i secret[kStripes];
+  for (size_t s = 0; s < kStripes; ++s) secret[s] = _mm512_loadu_si512(kSecret + s * 8);
+  for (; count > 0; --count, in += Xxh3::kBlock, out += Xxh3::kSums) {
+    __m512i a = _mm512_setzero_si512();
+    for (size_t s = 0; s < kStripes; ++s) {
+      const __m512i v = _mm512_loadu_si512(in + s * kStripe), key = _mm512_xor_si512(v, secret[s]);
+      const __m512i product = _mm512_mul_epu32(key, _mm512_srli_epi64(key, 32));
+      a = _mm512_add_epi64(_mm512_add_epi64(a, _mm512_shuffle_epi32(v, _MM_PERM_BADC)), product);
+    }
+    _mm512_storeu_si512(out, a);
+  }
+}
 #else
 void accumulate(uint64_t* acc, const uint8_t* in, const uint8_t* secret) {
   for (int i = 0; i < 8; ++i) {
@@ -144,26 +162,32 @@ void accumulate(uint64_t* acc, const uint8_t* in, const uint8_t* secret) {
 }
 #endif
 
-void accumulate_block(uint64_t* acc, const uint8_t* in, [[maybe_unused]] bool plain) {
-#if defined(__x86_64__)
-  if (kAvx2 && !plain) return accumulate_block_avx2(acc, in);
-#endif
-  alignas(16) uint64_t own[8];  // stays in registers
-  std::memcpy(own, acc, sizeof own);
-  for (size_t s = 0; s < kStripes; ++s) accumulate(own, in + s * kStripe, kSecret + s * 8);
-  std::memcpy(acc, own, sizeof own);
-}
-
 }  // namespace
 
-void Xxh3::sums(const uint8_t* data, size_t count, uint64_t* out, bool plain) {
-  std::memset(out, 0, count * kSums * sizeof *out);
-  for (; count > 0; --count, data += kBlock, out += kSums) accumulate_block(out, data, plain);
+Simd best_simd() {
+#if defined(__x86_64__)
+  static const Simd best = __builtin_cpu_supports("avx512f") ? Simd::avx512 : __builtin_cpu_supports("avx2") ? Simd::avx2 : Simd::none;
+  return best;
+#else
+  return Simd::none;
+#endif
+}
+
+void Xxh3::sums(const uint8_t* data, size_t count, uint64_t* out, [[maybe_unused]] Simd simd) {
+#if defined(__x86_64__)
+  if (simd == Simd::avx512) return sums_avx512(data, count, out);
+  if (simd == Simd::avx2) return sums_avx2(data, count, out);
+#endif
+  for (; count > 0; --count, data += kBlock, out += kSums) {
+    alignas(16) uint64_t acc[kSums] = {};  // stays in registers
+    for (size_t s = 0; s < kStripes; ++s) accumulate(acc, data + s * kStripe, kSecret + s * 8);
+    std::memcpy(out, acc, sizeof acc);
+  }
 }
 
 void Xxh3::add(const uint64_t* sums, size_t count) {
 #if defined(__x86_64__)
-  if (kAvx2 && !plain_) return add_avx2(acc_, sums, count);
+  if (simd_ >= Simd::avx2) return add_avx2(acc_, sums, count);
 #endif
   for (; count > 0; --count, sums += kSums)
     for (size_t i = 0; i < kSums; ++i) {
@@ -177,7 +201,7 @@ void Xxh3::blocks(const uint8_t* data, size_t count) {
   uint64_t sum[kAtOnce * kSums];
   for (size_t n; count > 0; count -= n, data += n * kBlock) {
     n = count < kAtOnce ? count : kAtOnce;
-    sums(data, n, sum, plain_);
+    sums(data, n, sum, simd_);
     add(sum, n);
   }
 }
@@ -191,12 +215,12 @@ uint64_t Xxh3::end(const uint8_t* input, size_t total) {
   return avalanche(h);
 }
 
-uint64_t xxh3_64(const void* data, size_t size, bool plain) {
+uint64_t xxh3_64(const void* data, size_t size, Simd simd) {
   const auto* in = static_cast<const uint8_t*>(data);
   if (size <= 16) return hash_to_16(in, size);
   if (size <= 128) return hash_to_128(in, size);
   if (size <= 240) return hash_to_240(in, size);
-  Xxh3 h(plain);
+  Xxh3 h(simd);
   h.blocks(in, (size - 1) / Xxh3::kBlock);
   return h.end(in, size);
 }

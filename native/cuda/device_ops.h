@@ -63,6 +63,7 @@ class CudaOps final : public Ops {
  private:
   // ---- memory.cu
   void* allocate(size_t bytes);  // as alloc, but with any content
+  Uploader& uploader();
   void check_overflow();
   void use() const;  // makes this thread's calls go to this device
   template <class T> T* alloc_array(size_t n) { return static_cast<T*>(alloc(n * sizeof(T))); }
@@ -94,8 +95,7 @@ class CudaOps final : public Ops {
   std::vector<void*> owned_;
   const int copy_threads_;
   ReadBytes read_;                      // of uploader_; none: memory is copied
-  std::unique_ptr<Uploader> uploader_;  // while matrices are being loaded
-  std::vector<std::pair<float*, std::vector<float>>> vectors_;  // for finish_loading(): each would wait behind matrices on the bus
+  std::unique_ptr<Uploader> uploader_;  // while weights are being loaded
   int32_t* overflow_ = nullptr;  // a weight did not fit the compute dtype
 
   ModelConfig config_;

@@ -19,7 +19,7 @@ __global__ void probe() {}
 }  // namespace
 
 CudaOps::CudaOps(int index, DType act, int threads)
-    : index_(index), act_(act), turns_(Turns::of(index)), copy_threads_(std::clamp((threads > 0 ? threads : int(std::thread::hardware_concurrency())) * 3 / 4, 1, 12)) {
+    : index_(index), act_(act), turns_(Turns::of(index)), copy_threads_(std::clamp((threads > 0 ? threads : int(std::thread::hardware_concurrency())) * 7 / 8, 1, 14)) {
   use();
   cudaFuncAttributes code;
   check(cudaFuncGetAttributes(&code, probe), "this build has no code for this GPU (CODEFUSE_CUDA_ARCHS)");
@@ -81,6 +81,14 @@ size_t CudaOps::free_memory() const {
   return free_bytes;
 }
 
+Uploader& CudaOps::uploader() {
+  if (!uploader_) {
+    check(cudaStreamSynchronize(s_.stream), "uploading weights");  // overflow_ is cleared there
+    uploader_ = std::make_unique<Uploader>(index_, act_, s_, overflow_, read_, copy_threads_);
+  }
+  return *uploader_;
+}
+
 Matrix CudaOps::load_matrix(const std::vector<HostMatrix>& parts) {
   use();
   Matrix out;
@@ -94,11 +102,7 @@ Matrix CudaOps::load_matrix(const std::vector<HostMatrix>& parts) {
   if (groups_of(out.rows) > kGroupsMax || out.cols > INT32_MAX) throw LoadError(cat(device(), ": a matrix of ", out.rows, " x ", out.cols, " is too large"));
   void* const data = allocate(act_ == DType::f32 ? size_t(out.rows) * size_t(out.cols) * 4 : matrix_bytes(format, out.rows, out.cols));
   out.data = data;
-  if (!uploader_) {
-    check(cudaStreamSynchronize(s_.stream), "uploading weights");  // overflow_ is cleared there
-    uploader_ = std::make_unique<Uploader>(index_, act_, s_, overflow_, read_, copy_threads_);
-  }
-  uploader_->add(parts, data);
+  uploader().add(parts, data);
   quantized_ |= is_quantized(format);
   return out;
 }
@@ -108,10 +112,7 @@ void CudaOps::finish_loading() {
   if (uploader_) uploader_->wait();
   uploader_.reset();
   read_ = nullptr;
-  for (const auto& [data, host] : vectors_)
-    check(cudaMemcpyAsync(data, host.data(), host.size() * sizeof(float), cudaMemcpyHostToDevice, s_.stream), "uploading weights");
-  check_overflow();  // waits for the copies
-  vectors_.clear();
+  check_overflow();
 }
 
 void CudaOps::check_overflow() {
@@ -125,7 +126,7 @@ const float* CudaOps::load_vector(const HostMatrix& v) {
   std::vector<float> host(size_t(v.cols), 0.f);
   decode_row(v, 0, host.data());
   float* const out = static_cast<float*>(allocate(host.size() * sizeof(float)));
-  vectors_.emplace_back(out, std::move(host));
+  uploader().add(std::move(host), out);
   return out;
 }
 

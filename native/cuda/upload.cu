@@ -69,22 +69,28 @@ class Uploader::Lane {
   const Stream& stream() const { return s_; }
   void wait() { check(cudaStreamSynchronize(s_.stream), "uploading weights"); }
 
-  // Up to `most` bytes follow. The kernels that read those before are on the stream.
-  void begin(size_t most) {
+  // Bytes for `to` on the device follow.
+  void begin(void* to) {
+    to_ = static_cast<uint8_t*>(to);
     at_ = 0;
-    if (room_ >= most) return;
-    wait();
-    cudaFree(device_);
-    device_ = nullptr, room_ = 0;
-    check(cudaMalloc(&device_, most), "memory for uploading weights");
-    room_ = most;
+  }
+  // Up to `most` bytes follow for kernels to read. Those that read the ones before are on the stream.
+  void begin(size_t most) {
+    if (room_ < most) {
+      wait();
+      cudaFree(device_);
+      device_ = nullptr, room_ = 0;
+      check(cudaMalloc(&device_, most), "memory for uploading weights");
+      room_ = most;
+    }
+    begin(device_);
   }
   // Where the next bytes will lie on the device.
   const uint8_t* aligned() {
     const size_t gap = (kAlign - at_ % kAlign) % kAlign;
     at_ += gap, filled_ += gap;
     if (filled_ == kPinnedBytes) send();
-    return device_ + at_;
+    return to_ + at_;
   }
   void put(const uint8_t* from, size_t bytes) {
     while (bytes > 0) {
@@ -101,7 +107,7 @@ class Uploader::Lane {
 
  private:
   void send() {
-    check(cudaMemcpyAsync(device_ + at_ - filled_, pinned_.part(part_), filled_, cudaMemcpyHostToDevice, s_.stream), "uploading weights");
+    check(cudaMemcpyAsync(to_ + at_ - filled_, pinned_.part(part_), filled_, cudaMemcpyHostToDevice, s_.stream), "uploading weights");
     check(cudaEventRecord(sent_[part_], s_.stream), "uploading weights");
     part_ = (part_ + 1) % kPinned;
     filled_ = 0;
@@ -117,15 +123,16 @@ class Uploader::Lane {
   const Ops::ReadBytes& read_;
   Stream s_;
   Pinned pinned_;
-  uint8_t* device_ = nullptr;
+  void* device_ = nullptr;
+  uint8_t* to_ = nullptr;
   cudaEvent_t sent_[kPinned] = {};
   size_t room_ = 0, at_ = 0, filled_ = 0;  // bytes: of device_; put since begin(); of these not yet sent
   int part_ = 0;                           // of pinned_ that is being filled
 };
 
 Uploader::Uploader(int index, DType act, const Stream& like, int32_t* overflow, Ops::ReadBytes read, int threads)
-    : index_(index), act_(act), like_(like), overflow_(overflow), read_(std::move(read)), threads_most_(std::max(1, threads)) {
-  if (!read_) read_ = [](uint8_t* to, const uint8_t* from, size_t bytes) { std::memcpy(to, from, bytes); };
+    : index_(index), act_(act), like_(like), overflow_(overflow), threads_most_(std::max(1, threads)) {
+  read_ = read ? std::move(read) : [](uint8_t* to, const uint8_t* from, size_t bytes) { std::memcpy(to, from, bytes); };
 }
 
 Uploader::~Uploader() {
@@ -147,7 +154,7 @@ void Uploader::add(const std::vector<HostMatrix>& parts, void* data) {
   size_t part = 0;
   int64_t taken = 0;  // rows of that part
   for (int64_t r = 0; r < total; r += most) {
-    Piece piece{{}, r, total, data};
+    Piece piece{{}, r, total, data, {}};
     for (int64_t left = std::min(most, total - r); left > 0;) {
       const int64_t count = std::min(left, parts[part].rows - taken);
       if (count > 0) piece.parts.push_back(parts[part].row_slice(taken, count));
@@ -157,6 +164,16 @@ void Uploader::add(const std::vector<HostMatrix>& parts, void* data) {
     }
     pieces.push_back(std::move(piece));
   }
+  queue(std::move(pieces));
+}
+
+void Uploader::add(std::vector<float> values, float* data) {
+  std::vector<Piece> pieces;
+  pieces.push_back({{}, 0, 0, data, std::move(values)});
+  queue(std::move(pieces));
+}
+
+void Uploader::queue(std::vector<Piece> pieces) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     for (Piece& p : pieces) {
@@ -217,6 +234,11 @@ void Uploader::work() {
 }
 
 void Uploader::load(const Piece& piece, Lane& lane) {
+  if (!piece.values.empty()) {
+    lane.begin(piece.data);
+    lane.put(reinterpret_cast<const uint8_t*>(piece.values.data()), piece.values.size() * sizeof(float));
+    return lane.end();
+  }
   HostMatrix rows = piece.parts[0];  // as the device will see them
   rows.rows = 0;
   for (const HostMatrix& p : piece.parts) rows.rows += p.rows;

@@ -26,6 +26,7 @@ class Uploader {
 
   // The rows of parts one below the other, for data in device memory, which no earlier work may still write.
   void add(const std::vector<HostMatrix>& parts, void* data);
+  void add(std::vector<float> values, float* data);
   void wait();  // until all of it is on the device and no part is read any more; DeviceError, what read throws
 
  private:
@@ -33,8 +34,10 @@ class Uploader {
     std::vector<HostMatrix> parts;
     int64_t first_row, total_rows;
     void* data;
+    std::vector<float> values;  // or these as they are
   };
   class Lane;
+  void queue(std::vector<Piece> pieces);
   void work();
   void load(const Piece& piece, Lane& lane);
 
