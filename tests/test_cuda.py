@@ -272,6 +272,38 @@ def test_attention(dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ATTENTION + [dict(heads=2, kv_heads=1, head_dim=128, rope_dim=0, window=128)],
+                         ids=lambda s: f"d{s['head_dim']}x{s['heads']}/{s['kv_heads']}w{s.get('window', 0)}")
+def test_attention_of_prefill_rows_sees_its_own_positions(dtype, shape):
+    """What lies behind the sequences' ends and in other pages, NaN even, changes no bit; chunks of any size equal the whole."""
+    rng, pages = np.random.default_rng(5), 128
+    both = Both(dtype, pages, **shape)
+    heads, kv_heads, d = shape["heads"], shape["kv_heads"], shape["head_dim"]
+    k, v = map(both.round, cache(rng, shape, pages))
+    table, chunks = Pages(SLOTS, MAX_LEN, pages), [(8, 150, 0), (9, 65, 300), (10, 1, 64), (11, 3, 62), (12, 129, 255)]
+    batch = make_batch(table, prefill=[(slot, [1] * count, first) for slot, count, first in chunks], logits="none")
+    qkv = both.round(rng.standard_normal((len(batch["token"]), (heads + 2 * kv_heads) * d)))
+    eps = {"float32": 4e-6, "float16": 3e-3, "bfloat16": 2e-2}[dtype]
+    both.same("attention", batch, qkv, k, v, heads, kv_heads, eps=eps)
+    whole = both.cuda.attention(batch, qkv, k, v, heads, kv_heads)
+
+    own = np.zeros((pages, PAGE), bool)
+    for slot, count, first in chunks:
+        for position in range(first + count):
+            own[table.table(slot, first + count)[position // PAGE], position % PAGE] = True
+    spoiled = [np.where(own[:, None, :, None], x, np.nan) for x in (k, v)]
+    np.testing.assert_array_equal(both.cuda.attention(batch, qkv, *spoiled, heads, kv_heads), whole)
+    start = 0
+    for slot, count, first in chunks:
+        for _ in range(3):
+            at = int(rng.integers(count))
+            n = int(rng.integers(1, count - at + 1))
+            part, rows = make_batch(table, prefill=[(slot, [1] * n, first + at)], logits="none"), slice(start + at, start + at + n)
+            np.testing.assert_array_equal(both.cuda.attention(part, qkv[rows], *spoiled, heads, kv_heads), whole[rows])
+        start += count
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ATTENTION, ids=lambda s: f"d{s['head_dim']}x{s['heads']}/{s['kv_heads']}w{s.get('window', 0)}")
 def test_rope_attention(dtype, shape):
     """Equals rope_store, then attention, bit for bit: decode rows alone, beside chunks, two of one sequence."""

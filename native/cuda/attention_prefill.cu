@@ -1,6 +1,6 @@
-// Attention of prefill rows on the tensor cores. A block takes up to 128 rows of one sequence and one head, 32 rows a warp, and walks
-// the positions in tiles of 64 aligned at 0. A tile that a row may not see changes nothing in that row, so its
-// result does not depend on which rows share the block: a prompt in chunks equals the prompt whole, bit for bit.
+// Attention of prefill rows on the tensor cores, where attention_prefill_wgmma.cu has no kernel for them. A block takes up to 128 rows of one
+// sequence and one head, 32 rows a warp, and walks the positions in tiles of 64 aligned at 0. A tile that a row may not see changes nothing
+// in that row, so its result does not depend on which rows share the block: a prompt in chunks equals the prompt whole, bit for bit.
 #include "cuda/kernels.h"
 
 namespace codefuse::cuda {
@@ -188,8 +188,9 @@ void run(const Stream& s, void* out, const void* qkv, const KvLayer& kv, const S
 
 }  // namespace
 
-void attention_tiles(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, int tiles, const AttentionShape& a) {
-  act == DType::f16 ? run<__half>(s, out, qkv, kv, m, tiles, a) : run<__nv_bfloat16>(s, out, qkv, kv, m, tiles, a);
+void attention_tiles(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, const PrefillRows& r, const AttentionShape& a) {
+  if (s.wgmma && (a.head_dim == 64 || a.head_dim == 128)) return attention_tiles_wgmma(s, act, out, qkv, kv, m, r, a);
+  act == DType::f16 ? run<__half>(s, out, qkv, kv, m, r.tiles, a) : run<__nv_bfloat16>(s, out, qkv, kv, m, r.tiles, a);
 }
 
 }  // namespace codefuse::cuda

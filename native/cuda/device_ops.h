@@ -126,6 +126,7 @@ class CudaOps final : public Ops {
   size_t expanded_bytes_ = 0;
 
   int rows_ = 0, decode_rows_ = 0, samples_ = 0, tiles_ = 0, copies_ = 0;  // the current step
+  int64_t prefill_keys_ = 0;  // PrefillRows::keys
   SamplingPasses passes_;
   struct Recording {
     int seen = 0;

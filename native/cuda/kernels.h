@@ -141,8 +141,17 @@ void attention_rows(const Stream& s, DType act, void* out, const void* qkv, cons
 bool rope_attention_fits(DType act, const AttentionShape& a);
 void rope_attention_rows(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const float2* angles, const StepMeta& m, int T,
                          const AttentionShape& a, const AttentionScratch& scratch, const Ready& ready = {});
+// What the host knows of a step's prefill rows and their sequences.
+struct PrefillRows {
+  int tiles = 0;     // StepMeta::tiles
+  int rows = 0;      // of qkv, decode rows too
+  int pages = 0;     // of the pool
+  int64_t keys = 0;  // positions of the tiles' sequences up to their last rows, in all
+};
 // Tiles of prefill rows on the tensor cores; 16-bit act, head_dim <= 128.
-void attention_tiles(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, int tiles, const AttentionShape& a);
+void attention_tiles(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, const PrefillRows& r, const AttentionShape& a);
+// Where there is wgmma; head_dim 64 or 128.
+void attention_tiles_wgmma(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, const PrefillRows& r, const AttentionShape& a);
 
 constexpr int kSampleParts = 32, kSampleBins = 2048;
 // How far the search for the threshold of a row (top_k, top_p) has come.

@@ -173,7 +173,7 @@ void CudaOps::prefill_attention(void* out, const void* qkv, const KvLayer& kv, c
   if (act_ == DType::f32 || c.head_dim > 128)
     attention_rows(s_, act_, out, qkv, kv, meta_, decode_rows_, rows_ - decode_rows_, a, attention_);
   else
-    attention_tiles(s_, act_, out, qkv, kv, meta_, tiles_, a);
+    attention_tiles(s_, act_, out, qkv, kv, meta_, {tiles_, rows_, limits_.pages, prefill_keys_}, a);
 }
 
 void CudaOps::zero(float* y, int64_t n) { cuda::zero(s_, y, rows_ * n); }

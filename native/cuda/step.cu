@@ -45,10 +45,13 @@ void CudaOps::fill_meta(const Batch& b, int padded, int ticket) {
   std::memcpy(host(meta_.table), b.table.data(), b.table.size() * 4);
   size_t bytes = table_at_ + b.table.size() * 4;
   tiles_ = 0;
+  prefill_keys_ = 0;
   auto* tiles = reinterpret_cast<int4*>(host(meta_.tiles));
-  for (const Chunk& c : b.chunks)
+  for (const Chunk& c : b.chunks) {
     for (int i = 0; i < c.count; i += kTileRows)
       tiles[tiles_++] = make_int4(c.row + i, std::min(kTileRows, c.count - i), c.position + i, table_of[size_t(c.slot)]);
+    prefill_keys_ += c.position + c.count;
+  }
   if (tiles_) bytes = tiles_at_ + size_t(tiles_) * sizeof(int4);
   check(cudaMemcpyAsync(meta_device_, base, bytes, cudaMemcpyHostToDevice, s_.stream), "uploading the batch");
   if (passes_.edited) fill_edits(b, std::max(b.samples(), padded > b.rows() ? padded : 0), ticket);
