@@ -35,7 +35,9 @@ def test_options_as_tensors() -> None:
     (dict(stop=[5]), "stop_words is 5; expected text"), (dict(suffix=["a", "b"]), "suffix has 2 values; expected one"),
     (dict(session="a\udcff"), "session has a lone surrogate at character 1"), (dict(max_tokens="3"), "max_tokens is '3'; expected a number"),
     (dict(max_tokens=2**31), "max_tokens is 2147483648; expected an integer between"), (dict(ignore_eos=1), "ignore_eos is 1; expected true or false"),
-    (dict(seed=-1), "random_seed is -1"), (dict(temperature=[0.1, 0.2]), "temperature has 2 values")], ids=str)
+    (dict(temperature=1e39), "temperature is 1e+39; expected a number between -3.40282e+38 and 3.40282e+38"), (dict(temperature=1 << 20000), "temperature is an integer of 20001 bits"), (dict(max_tokens=1 << 20000), "max_tokens is an integer of 20001 bits"),
+    (dict(seed=-1), "random_seed is -1"), (dict(temperature=[0.1, 0.2]), "temperature has 2 values")],
+    ids=lambda value: value if isinstance(value, str) else "")
 def test_refused_here(given: dict[str, Any], said: str) -> None:
     with pytest.raises(InvalidRequest, match=re.escape(said)):
         sent(**given)

@@ -125,6 +125,13 @@ class Result:
     timings: Timings = field(default_factory=Timings)
 
 
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > 200:  # Python may refuse to write it
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def _utf8(name: str, value: Any) -> bytes:
     """bytes as they are: what is in them is the server's to judge."""
     if isinstance(value, str):
@@ -133,7 +140,7 @@ def _utf8(name: str, value: Any) -> bytes:
         except UnicodeEncodeError as error:
             raise InvalidRequest(f"{name} has a lone surrogate at character {error.start}; expected text", "INVALID_ARGUMENT") from None
     if not isinstance(value, (bytes, bytearray, memoryview)):
-        raise InvalidRequest(f"{name} is {value!r}; expected text", "INVALID_ARGUMENT")
+        raise InvalidRequest(f"{name} is {_shown(value)}; expected text", "INVALID_ARGUMENT")
     return bytes(value)
 
 
@@ -160,13 +167,14 @@ def _array(name: str, kind: str, values: Sequence[Any]) -> np.ndarray:
         elif isinstance(value, (bool, str, bytes)) or not isinstance(value, (int, float, np.integer, np.floating)):
             expected = "a number"
         elif kind == "FP32":
-            expected = ""
+            limit = float(np.finfo(dtype).max)
+            expected = f"a number between {-limit:g} and {limit:g}" if limit < abs(value) < float("inf") else ""
         else:
             limit = np.iinfo(dtype)
             expected = "" if limit.min <= value <= limit.max and int(value) == value else (
                 f"an integer between {limit.min} and {limit.max}")
         if expected:
-            raise InvalidRequest(f"{name} is {value!r}; expected {expected}", "INVALID_ARGUMENT")
+            raise InvalidRequest(f"{name} is {_shown(value)}; expected {expected}", "INVALID_ARGUMENT")
     return np.array(values, dtype)
 
 
