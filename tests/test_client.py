@@ -114,9 +114,16 @@ def test_json(calls: list[Any], capsys: pytest.CaptureFixture[str], monkeypatch:
     assert errors.count("2 out") == 2 and calls[0][0] == b"caf\xe9"  # the server refuses it by name
 
 
-@pytest.mark.parametrize("arguments, said", [([b"x", b"--stop", b"a\xff"], "argument --stop: not UTF-8: byte 0xff at character 1"), ([b"\xe9"], "argument prompt: not UTF-8: byte 0xe9 at character 0"),
+@pytest.mark.parametrize("arguments, said", [([b"x", b"--stop", b"a\xff"], "argument --stop: not UTF-8: byte 0xff at offset 1"), ([b"\xe9"], "argument prompt: not UTF-8: byte 0xe9 at offset 0"),
                                              ([b"x", b"--model", b"\xe9"], "argument --model: not UTF-8"), ([b"x", b"--timeout", b"nan"], "argument --timeout: nan; expected a number above 0"),
                                              ([b"x", b"--top-k", b"many"], "argument --top-k: invalid int value: 'many'")], ids=str)
 def test_bad_arguments(arguments: list[bytes], said: str) -> None:
     result = subprocess.run([os.fsencode(sys.executable), b"-m", b"codefuse_triton_client.cli", *arguments], capture_output=True, env={**os.environ, "PYTHONUTF8": "1"})
-    assert result.returncode == 2 and said in result.stderr.decode().splitlines()[-1] and result.stdout == b""
+    assert result.returncode == 2 and said in result.stderr.decode().splitlines()[-1] and result.stdout == b"" and len(result.stderr.splitlines()) == 2
+
+
+def test_utf8_in_another_locale() -> None:
+    code = "import sys; from codefuse_triton_client import cli; print(ascii(cli.parser().parse_args().prompt), sys.getfilesystemencoding())"
+    result = subprocess.run([os.fsencode(sys.executable), b"-c", code.encode(), "café 快".encode()], capture_output=True,
+                            env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+    assert result.stdout == b"'caf\\xe9 \\u5feb' ascii\n", result

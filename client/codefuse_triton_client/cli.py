@@ -16,13 +16,14 @@ NO_FLAG = {"exclude_input": "--echo"}  # options that another flag sets
 
 
 def _text(argument: str) -> str:
-    """What is not UTF-8 has come as lone surrogates."""
+    """UTF-8 in whatever locale; bytes that are not the locale's have come as lone surrogates."""
+    if not any("\ud800" <= c <= "\udfff" for c in argument):
+        return argument
+    raw = os.fsencode(argument)
     try:
-        argument.encode()
-    except UnicodeEncodeError as error:
-        raw = os.fsencode(argument[error.start:error.start + 1])
-        raise argparse.ArgumentTypeError(f"not UTF-8: byte 0x{raw[0]:02x} at character {error.start}") from None
-    return argument
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}") from None
 
 
 def _seconds(argument: str) -> float:
@@ -46,7 +47,7 @@ def _add(group: Any, keyword: str, option: Option) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="codefuse-client", description=__doc__)
+    p = argparse.ArgumentParser(prog="codefuse-client", usage="%(prog)s [option ...] [prompt]", description=__doc__)
     p.add_argument("prompt", nargs="?", type=_text, help="the text to continue; without it, or as -, standard input")
     p.add_argument("--url", type=_text, default="127.0.0.1:8001", help="gRPC address (default: %(default)s)")
     p.add_argument("--model", type=_text, default="ensemble")
