@@ -96,6 +96,18 @@ def test_versions_in_place(weights, tmp_path):
     assert (weights / "config.json").is_file()
 
 
+def test_paths_with_any_character(weights, tmp_path):
+    text_format = pytest.importorskip("google.protobuf.text_format")
+    model_config = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    odd, repository = tmp_path / 'a "b" \\n \n é', tmp_path / "models"
+    shutil.copytree(weights, odd)
+    tool.deploy(odd, "m", repository, in_place=True)
+    tool.deploy(odd, "m", repository, version=2)  # finds the tokenizer of the first
+    config = text_format.Parse((repository / "m_tokenizer" / "config.pbtxt").read_text(), model_config.ModelConfig())
+    assert config.parameters["tokenizer_dir"].string_value == str(odd)
+    assert served(repository / "m_generator", "1") == odd
+
+
 def test_a_version_beside_a_weights_setting_is_refused(weights, tmp_path):
     """All versions would serve what it names."""
     repository = tmp_path / "models"

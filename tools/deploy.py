@@ -185,14 +185,14 @@ def deploy(source: Path, name: str, repository: Path, *, dtype: str = "auto", ve
         for part in PARTS:
             if part != contract.GENERATOR:
                 _put_model_py(part, stage / names[part] / "1")
-            (stage / names[part] / "config.pbtxt").write_text(contract.config_pbtxt(part, names, given[part]))
+            (stage / names[part] / "config.pbtxt").write_text(contract.config_pbtxt(part, names, given[part]), encoding="utf-8")
         _install({stage / names[part]: repository / names[part] for part in PARTS}, stage / "old")
     return names
 
 
 def _setting_in(model: Path, name: str) -> str:
-    found = re.search(rf'key:\s*"{name}"\s*,?\s*value:?\s*\{{\s*string_value:\s*"([^"]*)"', (model / "config.pbtxt").read_text())
-    return found[1] if found else ""
+    found = re.search(rf'key:\s*"{name}"\s*,?\s*value:?\s*\{{\s*string_value:\s*("(?:[^"\\]|\\.)*")', (model / "config.pbtxt").read_text(encoding="utf-8"))
+    return contract.unquoted(found[1]) if found else ""
 
 
 def _check_same_tokenizer(weights: Path, tokenizer: Path) -> None:

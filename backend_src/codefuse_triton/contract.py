@@ -5,6 +5,7 @@ parsed by it (request.py), and the documentation is tested against it.
 """
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -276,6 +277,16 @@ NAMES = {name: name for name in MODEL}
 WRITTEN_FROM = "# Written from backend_src/codefuse_triton/contract.py; only parameters are meant to be edited."
 
 
+def quoted(text: str) -> str:
+    """A string of protobuf's text format."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+
+
+def unquoted(text: str) -> str:
+    """What quoted() was given."""
+    return re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], text[1:-1])
+
+
 def config_pbtxt(name: str, names: Mapping[str, str] = NAMES, settings: Mapping[str, str] = {}) -> str:
     """The config.pbtxt of MODEL[name]. names: what the four models are called; settings: those with another value than the default."""
     model = MODEL[name]
@@ -292,7 +303,7 @@ def config_pbtxt(name: str, names: Mapping[str, str] = NAMES, settings: Mapping[
     for s in model.settings:
         values = f" ({' | '.join(s.choices)})" if s.choices else f" ({s.low} .. {s.high})" if s.low is not None else ""
         lines += [f"# {s.doc}{values}",
-                  f'parameters {{ key: "{s.name}", value: {{ string_value: "{settings.get(s.name, s.default)}" }} }}']
+                  f'parameters {{ key: "{s.name}", value: {{ string_value: {quoted(settings.get(s.name, s.default))} }} }}']
     return "\n".join(lines) + "\n"
 
 
@@ -311,7 +322,7 @@ def write_configs(repository: Path) -> None:
     for name in MODEL:
         directory = repository / name
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.pbtxt").write_text(config_pbtxt(name))
+        (directory / "config.pbtxt").write_text(config_pbtxt(name), encoding="utf-8")
 
 
 if __name__ == "__main__":
