@@ -260,6 +260,16 @@ def pid(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> int:
     return os.getpid()
 
 
+def test_progress_is_any_number(pid: int) -> None:
+    """Its bytes are no text, in whatever locale."""
+    made = lifecycle.make_progress(pid, "generator")
+    for serial in (0, 0xe7, 2**40 + 0xff80, 2**62):
+        made[0] = serial
+        assert lifecycle.read_progress(pid, "generator")[0] == serial
+    lifecycle.put(pid, "failed", "caf\u00e9")
+    assert lifecycle.get(pid, "failed") == "caf\u00e9"
+
+
 def test_draining(make: Any, pid: int) -> None:
     engine, service = make(server_pid=pid)
     done, cut = FakeReply(), FakeReply()

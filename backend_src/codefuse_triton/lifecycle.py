@@ -28,8 +28,8 @@ def put(server_pid: int, kind: str, text: str = "") -> None:
         descriptor = os.open(path(server_pid, kind), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     except OSError:
         return
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(text.encode(errors="replace"))
 
 
 def get(server_pid: int, kind: str) -> str | None:
@@ -38,8 +38,8 @@ def get(server_pid: int, kind: str) -> str | None:
         descriptor = os.open(path(server_pid, kind), os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
         return None
-    with os.fdopen(descriptor) as file:
-        return file.read() if os.fstat(descriptor).st_uid in (0, os.getuid()) else None
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read().decode(errors="replace") if os.fstat(descriptor).st_uid in (0, os.getuid()) else None
 
 
 def clear(server_pid: int) -> None:

@@ -156,7 +156,8 @@ class _Metrics:
                  "submitted", "refused", "finished"}
 
     def __init__(self, model: str, version: str) -> None:
-        self._model = {"model": model, "version": version}
+        # pid: a version loaded anew is for a moment there twice; Triton gives both the same metric for the same labels, and takes it from both
+        self._model = {"model": model, "version": version, "pid": str(os.getpid())}
         self._families: dict[str, Any] = {}
         self._metrics: dict[tuple[str, str], Any] = {}
         self._last: dict[tuple[str, str], float] = {}

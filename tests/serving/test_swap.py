@@ -110,6 +110,28 @@ def test_versions_served_in_place_one_after_the_other(weights: Path, quantized: 
         assert set(metrics_by_version(server, "running", "m_generator")) == {"2"}
 
 
+def test_a_version_is_loaded_anew(weights: Path, tmp_path: Path) -> None:
+    """Two processes have the same version for a moment; the metrics are those of the one that stays."""
+    repository = tmp_path / "models"
+    tool.deploy(weights, "m", repository, in_place=True, settings={"device": "cpu", "threads": "1", "slots": "1"})
+    config = repository / "m_generator" / "config.pbtxt"
+    with make_server(repository, "--model-control-mode=explicit", "--load-model=m") as server, Client(server.grpc_url, model="m") as client:
+        for slots in range(2, 8):
+            old = client.stream(PROMPT, **LONG)
+            next(old)
+            text = config.read_text()
+            config.write_text(text.replace(f'"slots", value: {{ string_value: "{slots - 1}"', f'"slots", value: {{ string_value: "{slots}"'))
+            assert config.read_text() != text
+            code, body = post(server, "/v2/repository/models/m_generator/load", {}, timeout_s=60)
+            assert code == 200, body
+            assert client.complete(PROMPT, max_tokens=4).num_output_tokens == 4
+            old.close()
+            wait_until(lambda: len(stubs(server)) == 3, 20, "the old process has gone")
+            client.complete(PROMPT, max_tokens=4)
+            wait_until(lambda: metrics_by_version(server, "finished", "m_generator") == {"1": 2}, 5, "two have finished in the new one")
+            assert metrics_by_version(server, "slots", "m_generator") == {"1": slots} and metrics_by_version(server, "running", "m_generator") == {"1": 0}
+
+
 def status(pid: int, key: str) -> int:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(key + ":")))
