@@ -5,6 +5,7 @@ import itertools
 import os
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator
 
@@ -258,6 +259,16 @@ def test_end_tokens_add_to_or_replace_the_models(make: Any) -> None:
 def pid(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> int:
     monkeypatch.setattr(lifecycle.tempfile, "gettempdir", lambda: str(tmp_path))
     return os.getpid()
+
+
+def test_cancels_forwarded_by_another_process(make: Any, pid: int, tmp_path: Path) -> None:
+    engine, service = make(server_pid=pid)
+    uids = [service.submit(request(), FakeReply()) for _ in range(3)]
+    lifecycle.forward_cancel(pid, os.getpid(), uids[2])
+    lifecycle.forward_cancel(pid, os.getpid(), uids[0])
+    eventually(lambda: sorted(engine.cancelled) == [uids[0], uids[2]])
+    lifecycle.forward_cancel(pid, 1, 5)  # no generator of this server
+    eventually(lambda: not list(tmp_path.glob("*cancel*")))
 
 
 def test_progress_is_any_number(pid: int) -> None:

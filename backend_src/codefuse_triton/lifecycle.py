@@ -3,6 +3,7 @@
 drain             made by whoever stops the server: how many seconds running requests may still take
 generator-PID     there from when a generator's process takes requests until, after that, its last one has been answered
 failed            made by a generator when its device has failed and nothing more can be served: the reason
+cancel-PID        made by a generator's process that was told to cancel requests of another one, PID, whose version is on its way out: their uids
 progress-NAME     made by the detokenizer of the generator NAME: the serial of the last chunk that it has seen, an int64 that the generator reads
 """
 from __future__ import annotations
@@ -62,6 +63,28 @@ def generators(server_pid: int) -> list[int]:
     every = path(server_pid, f"{_GENERATOR}*")
     pids = [file.name.rpartition("-")[2] for file in every.parent.glob(every.name)]
     return [int(pid) for pid in pids if pid.isdigit() and Path(f"/proc/{pid}").exists()]
+
+
+def forward_cancel(server_pid: int, pid: int, uid: int) -> None:
+    """Tells the generator's process pid, if there is one, that the client of its request uid has gone."""
+    if pid not in generators(server_pid):
+        return
+    try:
+        descriptor = os.open(path(server_pid, f"cancel-{pid}"), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    except OSError:
+        return
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(f"{uid}\n".encode())
+
+
+def forwarded_cancels(server_pid: int) -> list[int]:
+    """The uids of this process's requests that others were told to cancel. One that comes meanwhile may be lost: it is told with every chunk."""
+    kind = f"cancel-{os.getpid()}"
+    text = get(server_pid, kind)
+    if not text:
+        return []
+    path(server_pid, kind).unlink(missing_ok=True)
+    return [int(line) for line in text.split() if line.isdigit()]
 
 
 def make_progress(server_pid: int, generator: str) -> npt.NDArray[np.int64]:

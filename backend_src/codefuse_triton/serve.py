@@ -197,6 +197,8 @@ class Service:
                 self._seen = lifecycle.read_progress(self._server_pid, self._name)
             if stats.get("error"):
                 lifecycle.put(self._server_pid, "failed", str(stats["error"]))
+            for uid in lifecycle.forwarded_cancels(self._server_pid):
+                self.cancel(uid)
             self._drain(now)
 
     def _drain(self, now: float) -> None:

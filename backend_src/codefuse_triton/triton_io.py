@@ -102,9 +102,11 @@ class TokenizerModel:
         return prompt
 
 
-def _uid_base() -> int:
-    """What this generator's uids are counted from: those of another version, which may be on its way out, are not ours to cancel."""
-    return os.getpid() << 40
+_UIDS = 2**40  # of one process; a uid on the wire says whose it is: another version, which may be on its way out, counts from 1 too
+
+
+def _wire_uid(uid: int) -> int:
+    return os.getpid() * _UIDS + uid
 
 
 class _Sender:
@@ -120,12 +122,12 @@ class _Sender:
 
     def heartbeat(self, uid: int, serial: int) -> None:
         self._sender.send(pb_utils.InferenceResponse([
-            pb_utils.Tensor("output_ids", np.zeros((1, 0), np.int32)), _tensor("uid", _uid_base() + uid, np.int64),
+            pb_utils.Tensor("output_ids", np.zeros((1, 0), np.int32)), _tensor("uid", _wire_uid(uid), np.int64),
             _tensor("serial", serial, np.int64), _tensor("chunk_index", -1)]))
 
     def send(self, chunk: Any, serial: int, echo: bytes, error: str, sequence: int, last: bool) -> None:
         tensors = [
-            pb_utils.Tensor("output_ids", np.asarray(chunk.token_ids, np.int32)[None]), _tensor("uid", _uid_base() + chunk.uid, np.int64),
+            pb_utils.Tensor("output_ids", np.asarray(chunk.token_ids, np.int32)[None]), _tensor("uid", _wire_uid(chunk.uid), np.int64),
             _tensor("serial", serial, np.int64), _tensor("text_start", chunk.text_start), _tensor("text_bytes", chunk.text_bytes),
             _tensor("chunk_index", chunk.index), _tensor("sequence_index", sequence), _tensor("num_input_tokens", chunk.num_input_tokens),
             pb_utils.Tensor("num_truncated_tokens", np.array([chunk.num_truncated_tokens], np.int32)),
@@ -216,7 +218,7 @@ class GeneratorModel:
         try:
             given = {t.name(): t.as_numpy() for t in request.inputs()}
             if "stop_uid" in given:
-                self._service.cancel(int(given["stop_uid"].reshape(-1)[0]) - _uid_base())
+                self._cancel(int(given["stop_uid"].reshape(-1)[0]))
                 _finish(sender)
                 return
             parameters = json.loads(request.parameters() or "{}")
@@ -228,6 +230,14 @@ class GeneratorModel:
             _finish(sender, _error(str(error), "UNAVAILABLE"))
         except Exception as error:  # the server must outlive a bug: answer this request
             _finish(sender, _error(_shown(error), "INTERNAL"))
+
+    def _cancel(self, wire_uid: int) -> None:
+        """The detokenizer's call reaches the newest version only."""
+        pid, uid = divmod(wire_uid, _UIDS)
+        if pid == os.getpid():
+            self._service.cancel(uid)
+        else:
+            lifecycle.forward_cancel(os.getppid(), pid, uid)
 
     def finalize(self) -> None:
         self._service.close()
