@@ -168,6 +168,7 @@ void Uploader::add(const std::vector<HostMatrix>& parts, void* data) {
 }
 
 void Uploader::add(std::vector<float> values, float* data) {
+  if (values.empty()) return;
   std::vector<Piece> pieces;
   pieces.push_back({{}, 0, 0, data, std::move(values)});
   queue(std::move(pieces));
