@@ -5,6 +5,7 @@ parsed by it (request.py), and the documentation is tested against it.
 """
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -315,7 +316,7 @@ def weights_directory(generator: Path, version: str, setting: str) -> Path:
     if setting:
         return generator / setting
     own = generator / version
-    return own / WEIGHTS_LINK if (own / WEIGHTS_LINK).is_symlink() else own
+    return own / WEIGHTS_LINK if os.path.islink(str(own / WEIGHTS_LINK).encode(errors="surrogateescape")) else own
 
 
 def write_configs(repository: Path) -> None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from . import _native
 from ._native import Chunk, DeviceError, Outbox
 from .prompt import Prompt, assemble, fim_template, make_prompt
-from .vocab import Vocab, read_json
+from .vocab import Vocab, is_file, on_disk, read_json
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _Scored = TypeVar("_Scored", Chunk, "Result")
@@ -113,9 +113,9 @@ class Engine:
                  slots: int = 16, prefill_tokens: int = 512, max_len: int = 0, kv_memory_mb: int = 0, queue: int = 256,
                  threads: int = 0, prefix_cache: str = "on") -> None:
         directory = os.fspath(weights_dir)
-        if not os.path.isdir(directory):
+        if not os.path.isdir(on_disk(directory)):
             raise _native.LoadError(f"{directory}: no such directory; expected a weights directory written by tools/convert.py")
-        has_tokenizer = any(os.path.isfile(os.path.join(directory, name)) for name in ("tokenizer.json", "tokenizer.model"))
+        has_tokenizer = any(is_file(os.path.join(directory, name)) for name in ("tokenizer.json", "tokenizer.model"))
         vocab = Vocab.load(directory) if has_tokenizer else Vocab.none(directory)
         config = read_json(os.path.join(directory, "config.json"))
         longest = max((i for i, text in enumerate(vocab.token_bytes) if text), default=-1)

@@ -13,6 +13,7 @@ from . import Engine, QueueFull, Vocab, contract, lifecycle
 from .prompt import Prompt, make_prompt
 from .request import parse, parse_settings, parse_text
 from .serve import SHUTTING_DOWN, Draining, Service
+from .vocab import on_disk
 
 
 def _error(message: str, status: str) -> pb_utils.InferenceResponse:
@@ -58,8 +59,12 @@ def _check_numpy() -> None:
                            "25.02), which needs numpy < 2: pip install 'numpy<2'")
 
 
-def _tokenizer_dir(args: dict[str, str], settings: dict[str, Any]) -> Path:
-    return (Path(args["model_repository"]) / settings["tokenizer_dir"]).resolve()
+def _resolved(path: Path) -> str:
+    return os.path.realpath(on_disk(str(path))).decode(errors="surrogateescape")
+
+
+def _tokenizer_dir(args: dict[str, str], settings: dict[str, Any]) -> str:
+    return _resolved(Path(args["model_repository"]) / settings["tokenizer_dir"])
 
 
 class TokenizerModel:
@@ -199,7 +204,7 @@ class _Metrics:
 class GeneratorModel:
     def initialize(self, args: dict[str, str]) -> None:
         settings = _settings(contract.GENERATOR, args)
-        weights = contract.weights_directory(Path(args["model_repository"]), args["model_version"], settings.pop("weights")).resolve()
+        weights = _resolved(contract.weights_directory(Path(args["model_repository"]), args["model_version"], settings.pop("weights")))
         self._exclude_input = settings.pop("exclude_input_in_output") == "true"
         responses_per_s = settings.pop("responses_per_s")
         self._inputs = [t.name for t in contract.MODEL[contract.GENERATOR].inputs]

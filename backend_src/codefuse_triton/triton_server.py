@@ -175,7 +175,11 @@ class TritonServer:
         self._check_ports()
         _remove_stale_shared_memory()
         self._directory = Path(tempfile.mkdtemp(prefix="codefuse-triton-"))
-        command = [str(installation.binary), f"--model-repository={self.repository}", "--disable-auto-complete-config",
+        repository = self.repository.resolve()
+        if not str(repository).isascii():  # the Python in Triton's stub finds no model.py there
+            (self._directory / "models").symlink_to(repository)
+            repository = self._directory / "models"
+        command = [str(installation.binary), f"--model-repository={repository}", "--disable-auto-complete-config",
                    f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}", "--exit-timeout-secs=5"]
         for kind in ("http", "grpc", "metrics"):
             command += [f"--{kind}-address={self.host}", f"--{kind}-port={getattr(self, kind + '_port')}"]

@@ -59,9 +59,9 @@ class Vocab:
         tokenizer's own files. LoadError says what is missing or not understood."""
         directory = os.fspath(directory)
         options = read_json(os.path.join(directory, "tokenizer_config.json"))
-        if os.path.isfile(path := os.path.join(directory, "tokenizer.json")):
+        if is_file(path := os.path.join(directory, "tokenizer.json")):
             vocab = _from_tokenizer_json(path)
-        elif os.path.isfile(path := os.path.join(directory, "tokenizer.model")):
+        elif is_file(path := os.path.join(directory, "tokenizer.model")):
             vocab = _from_sentencepiece(path, options)
         else:
             raise LoadError(f"{directory}: neither tokenizer.json nor tokenizer.model")
@@ -213,12 +213,21 @@ def _common(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
+def on_disk(path: str) -> bytes:
+    """A path for Python's own functions, which in Triton's stub would encode it in ASCII, whatever the locale."""
+    return path.encode(errors="surrogateescape")
+
+
+def is_file(path: str) -> bool:
+    return os.path.isfile(on_disk(path))
+
+
 def read_json(path: str) -> dict[str, Any]:
     """The object in a file, {} without the file; LoadError."""
-    if not os.path.isfile(path):
+    if not is_file(path):
         return {}
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(on_disk(path), encoding="utf-8") as f:
             value = json.load(f)
     except ValueError as e:
         raise LoadError(f"{path}: not JSON: {e}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -88,9 +89,9 @@ def test_serve_tool_serves_a_named_model(weights: Path, tmp_path: Path) -> None:
 
 
 def test_versions_served_in_place_one_after_the_other(weights: Path, quantized: Path, tmp_path: Path) -> None:
-    """Each has its own weights and its own metrics; what an old one was doing when the new one came is told apart."""
-    repository = tmp_path / "models"
-    tool.deploy(weights, "m", repository, in_place=True, settings={"device": "cpu", "threads": "1"})
+    """Each has its own weights and its own metrics; what an old one was doing when the new one came is told apart. Paths may have any character."""
+    repository = tmp_path / "modèles"
+    tool.deploy(shutil.copytree(weights, tmp_path / "poids é"), "m", repository, in_place=True, settings={"device": "cpu", "threads": "1"})
     texts = {"1": expected(weights), "2": expected(quantized)}
     with make_server(repository, "--model-control-mode=explicit", "--load-model=m") as server, Client(server.grpc_url, model="m") as client:
         for _ in range(2):
