@@ -68,8 +68,7 @@ class Request:
 
 @pytest.fixture
 def triton_io(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    fake = SimpleNamespace(TritonError=TritonError, Tensor=Tensor, InferenceResponse=Response, TRITONSERVER_RESPONSE_COMPLETE_FINAL=FINAL,
-                           Logger=SimpleNamespace(log_error=lambda text: None))
+    fake = SimpleNamespace(TritonError=TritonError, Tensor=Tensor, InferenceResponse=Response, TRITONSERVER_RESPONSE_COMPLETE_FINAL=FINAL)
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", fake)
     monkeypatch.delitem(sys.modules, "codefuse_triton.triton_io", raising=False)
     yield importlib.import_module("codefuse_triton.triton_io")
@@ -107,7 +106,7 @@ def chunk(**changes: Any) -> dict[str, Any]:
     return {name: value for name, value in {**whole, **changes}.items() if value is not None}
 
 
-def test_detokenizer(triton_io: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detokenizer(triton_io: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(triton_io.lifecycle.tempfile, "gettempdir", lambda: str(tmp_path))
     byte_level(tmp_path)
     model = initialized(triton_io.DetokenizerModel(), tmp_path)
@@ -121,3 +120,4 @@ def test_detokenizer(triton_io: ModuleType, tmp_path: Path, monkeypatch: pytest.
     assert str(response.error) == "serial is missing; expected a chunk of the generator [INVALID_ARGUMENT]" and flags == FINAL
     (response, flags), = wrong.sent
     assert str(response.error).endswith("[INTERNAL]") and flags == FINAL
+    assert capsys.readouterr().err == "detokenizer: RuntimeError: the response sender has been closed; RuntimeError: the response sender has been closed\n"

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ def _finish(sender: Any, response: pb_utils.InferenceResponse | None = None) -> 
         sender.send(flags=final)
     else:
         sender.send(response, flags=final)
+
+
+def _log(message: str) -> None:
+    """Into the server's log. Triton's Logger would abort the process where this file's path is not ASCII."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def _shown(error: Exception) -> str:
@@ -209,7 +215,7 @@ class GeneratorModel:
         responses_per_s = settings.pop("responses_per_s")
         self._inputs = [t.name for t in contract.MODEL[contract.GENERATOR].inputs]
         engine = Engine(weights, **settings)
-        pb_utils.Logger.log_info(f"generator: {weights} on {engine.device}, {engine.dtype}, max_len {engine.max_len}")
+        _log(f"generator: {weights} on {engine.device}, {engine.dtype}, max_len {engine.max_len}")
         name = args["model_name"]
         self._metrics = _Metrics(name, args["model_version"])
         self._service = Service(engine, responses_per_s=responses_per_s, server_pid=os.getppid(), name=name, on_stats=self._metrics.update)
@@ -276,7 +282,7 @@ class DetokenizerModel:
                 try:
                     _finish(sender, _error(message, "INVALID_ARGUMENT" if missing else "INTERNAL"))
                 except Exception as closed:
-                    pb_utils.Logger.log_error(f"detokenizer: {message}; {_shown(closed)}")
+                    _log(f"detokenizer: {message}; {_shown(closed)}")
 
     def _answer(self, sender: Any, chunk: dict[str, Any]) -> None:
         self._progress[0] = chunk["serial"].as_numpy().reshape(-1)[0]
