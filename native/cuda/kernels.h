@@ -30,7 +30,6 @@ struct StepMeta {
   const uint32_t* masks = nullptr;          // [n, mask_words]
   const LogitEdit* edits = nullptr;
   const int4* tiles = nullptr;        // runs of at most kTileRows prefill rows: first row, rows, position, row of table
-  const int32_t* settled = nullptr;   // [T] tokens of the row's sequence whose K and V earlier steps stored; nullptr: 0
   const PageCopy* copies = nullptr;
   int max_pages = 0;
 };
@@ -50,12 +49,6 @@ struct SplitScratch {
   float* partial = nullptr;  // [2, SMs, kDecodeRows, kGroupRows], all bits set between launches
 };
 
-// How a kernel beside the streaming kernel learns that the latter's first output is stored.
-struct Ready {
-  int32_t* counter = nullptr;  // zero before the streaming kernel; nullptr: no such news
-  int expected = 0;            // its value when all is stored
-};
-
 // y[t] from x W^T + b for T <= kDecodeRows decode rows.
 struct DecodeInput {
   const void* x;  // [T, K], K a multiple of kChunkCols, 16-byte aligned
@@ -68,10 +61,9 @@ struct DecodeOutput {
   Epilogue epilogue;
 };
 void decode_linear(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const SplitScratch& scratch);
-// Two products in one launch, of the same format. ready: of out_a, whose rows are stored first.
+// Two products in one launch, of the same format.
 void decode_linear_pair(const Stream& s, DType act, int T, const DecodeInput& in_a, const DecodeOutput& out_a, const DecodeInput& in_b,
-                        const DecodeOutput& out_b, const SplitScratch& scratch, const Ready& ready = {});
-int ready_count(int N);  // what Ready::expected is for an output of N columns
+                        const DecodeOutput& out_b, const SplitScratch& scratch);
 // One output of two: x_a W_a^T + x_b W_b^T.
 void decode_linear_sum(const Stream& s, DType act, int T, const DecodeInput& in_a, const DecodeInput& in_b, const DecodeOutput& out,
                        const SplitScratch& scratch);
@@ -84,8 +76,7 @@ struct PrefillScratch {
 // The same for any number of prefill rows.
 void prefill_linear(const Stream& s, DType act, const void* x, const void* w, int T, int N, int K, const Epilogue& e, const PrefillScratch& scratch = {});
 bool has_wgmma();  // this build has wgmma code for the current device
-// variant: 0..2 tiles of 64, 128, 256 rows of x, + 3 in clusters of two blocks; -1: chosen by the shape
-void prefill_linear_wgmma(const Stream& s, DType act, const void* x, const void* w, int T, int N, int K, const PrefillScratch& scratch, const Epilogue& e, int variant = -1);
+void prefill_linear_wgmma(const Stream& s, DType act, const void* x, const void* w, int T, int N, int K, const PrefillScratch& scratch, const Epilogue& e);
 // Quantized weights where there is wgmma; elsewhere expand() comes before prefill_linear.
 void prefill_linear_quantized(const Stream& s, DType act, Format format, const void* x, const void* w, int T, int N, int K, const PrefillScratch& scratch,
                               const Epilogue& e);
@@ -137,10 +128,9 @@ constexpr int kSplitTokens = 64;
 void attention_rows(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, int row, int T,
                     const AttentionShape& a, const AttentionScratch& scratch);
 // rope_store and attention_rows of rows [0, T) at once, the same bit for bit; every row of a sequence of its own, qkv left as it is.
-// ready: of qkv, which is else read when the kernel's predecessor has ended.
 bool rope_attention_fits(DType act, const AttentionShape& a);
 void rope_attention_rows(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const float2* angles, const StepMeta& m, int T,
-                         const AttentionShape& a, const AttentionScratch& scratch, const Ready& ready = {});
+                         const AttentionShape& a, const AttentionScratch& scratch);
 // What the host knows of a step's prefill rows and their sequences.
 struct PrefillRows {
   int tiles = 0;     // StepMeta::tiles

@@ -1,5 +1,5 @@
-// LayerNorm and RMSNorm of float32 rows: a block per row and output. A row of up to kMost elements is in registers from the first
-// read to the last; gain and bias, which no kernel writes, arrive before the kernel waits for its predecessor.
+// LayerNorm and RMSNorm of float32 rows: a block per row and, while there are few rows, output. A row of up to kMost elements is in
+// registers from the first read to the last; gain and bias, which no kernel writes, arrive before the kernel waits for its predecessor.
 #include "cuda/kernels.h"
 
 namespace codefuse::cuda {
@@ -9,8 +9,9 @@ namespace {
 constexpr int kThreads = 640, kEach = 4;  // float4 of a row a thread has
 constexpr int kMost = kThreads * kEach * 4;
 constexpr int kWarps = kThreads / 32;
+constexpr int kManyRows = 256;  // from here on a block makes both outputs: x is read once
 
-struct Outputs {  // norms of the same rows, by blockIdx.y
+struct Outputs {  // norms of the same rows: the block's is blockIdx.y's, or both are
   void* y[2];
   Norm n[2];
 };
@@ -37,7 +38,7 @@ __device__ __forceinline__ void store4(T* y, float4 v) {
 }
 
 // hidden a multiple of 4, at most kEach float4 a thread
-template <class T>
+template <class T, bool BOTH>
 __global__ void __launch_bounds__(kThreads) norm_short(const Outputs out, const float* __restrict__ x, bool center, float eps, int hidden) {
   __shared__ __align__(16) float parts[2][kWarps];
   launch_dependents();
@@ -49,6 +50,7 @@ __global__ void __launch_bounds__(kThreads) norm_short(const Outputs out, const 
   for (int i = 0; i < kEach; ++i) {
     const int at = i * blockDim.x + threadIdx.x;
     gain[i] = make_float4(1.f, 1.f, 1.f, 1.f), bias[i] = v[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (BOTH) continue;
     if (n.weight && at < count) gain[i] = reinterpret_cast<const float4*>(n.weight)[at];
     if (n.bias && at < count) bias[i] = reinterpret_cast<const float4*>(n.bias)[at];
   }
@@ -71,15 +73,28 @@ __global__ void __launch_bounds__(kThreads) norm_short(const Outputs out, const 
   }
   float squares = 0.f;
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) squares += (v[i].x * v[i].x + v[i].y * v[i].y) + (v[i].z * v[i].z + v[i].w * v[i].w);
+  for (int i = 0; i < kEach; ++i)  // spelled out: the same whatever the compiler does with the rest
+    squares += __fadd_rn(__fmaf_rn(v[i].x, v[i].x, __fmul_rn(v[i].y, v[i].y)), __fmaf_rn(v[i].z, v[i].z, __fmul_rn(v[i].w, v[i].w)));
   const float scale = 1.f / sqrtf(block_sum(squares, parts[1]) / hidden + eps);
-  T* const y = static_cast<T*>(blockIdx.y ? out.y[1] : out.y[0]) + int64_t(blockIdx.x) * hidden;
+  const auto store = [&](T* y, int i, float4 g, float4 b) {
+    y += int64_t(blockIdx.x) * hidden + (i * blockDim.x + threadIdx.x) * 4;
+    store4(y, make_float4(fmaf(v[i].x * scale, g.x, b.x), fmaf(v[i].y * scale, g.y, b.y), fmaf(v[i].z * scale, g.z, b.z), fmaf(v[i].w * scale, g.w, b.w)));
+  };
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const int at = i * blockDim.x + threadIdx.x;
-    if (at < count)
-      store4(y + at * 4, make_float4(fmaf(v[i].x * scale, gain[i].x, bias[i].x), fmaf(v[i].y * scale, gain[i].y, bias[i].y),
-                                     fmaf(v[i].z * scale, gain[i].z, bias[i].z), fmaf(v[i].w * scale, gain[i].w, bias[i].w)));
+    if (at >= count) continue;
+    if constexpr (BOTH) {
+#pragma unroll
+      for (int o = 0; o < 2; ++o) {
+        float4 g = make_float4(1.f, 1.f, 1.f, 1.f), b = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (out.n[o].weight) g = reinterpret_cast<const float4*>(out.n[o].weight)[at];
+        if (out.n[o].bias) b = reinterpret_cast<const float4*>(out.n[o].bias)[at];
+        store(static_cast<T*>(out.y[o]), i, g, b);
+      }
+    } else {
+      store(static_cast<T*>(blockIdx.y ? out.y[1] : out.y[0]), i, gain[i], bias[i]);
+    }
   }
 }
 
@@ -109,14 +124,15 @@ bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0;
 void run(const Stream& s, DType act, const Outputs& o, int outputs, const float* x, NormKind kind, float eps, int T, int hidden) {
   bool vectors = hidden % 4 == 0 && hidden <= kMost && aligned16(x);
   for (int i = 0; i < outputs; ++i) vectors = vectors && aligned16(o.y[i]) && aligned16(o.n[i].weight) && aligned16(o.n[i].bias);
-  auto go = [&](auto fits, auto any) {
+  const bool both = vectors && outputs == 2 && T >= kManyRows;
+  auto go = [&](auto one, auto two, auto any) {
     const int threads = vectors ? (hidden + kEach * 128 - 1) / (kEach * 128) * 32 : kThreads;
-    launch(s, vectors ? fits : any, dim3(T, outputs), threads, 0, o, x, kind == NormKind::layer, eps, hidden);
+    launch(s, both ? two : vectors ? one : any, dim3(T, both ? 1 : outputs), threads, 0, o, x, kind == NormKind::layer, eps, hidden);
   };
   switch (act) {
-    case DType::f32: return go(norm_short<float>, norm_long<float>);
-    case DType::f16: return go(norm_short<__half>, norm_long<__half>);
-    default: return go(norm_short<__nv_bfloat16>, norm_long<__nv_bfloat16>);
+    case DType::f32: return go(norm_short<float, false>, norm_short<float, true>, norm_long<float>);
+    case DType::f16: return go(norm_short<__half, false>, norm_short<__half, true>, norm_long<__half>);
+    default: return go(norm_short<__nv_bfloat16, false>, norm_short<__nv_bfloat16, true>, norm_long<__nv_bfloat16>);
   }
 }
 

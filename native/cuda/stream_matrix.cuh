@@ -5,8 +5,8 @@
 // On Hopper the ring is filled with weights before the kernel waits for its predecessor.
 //
 // One launch has one or two outputs (each a matrix of its own) or one output whose K comes from two sources (x and matrix each). Of
-// two outputs every block has its share of the first, then its share of the second: the first is complete early, and says so
-// (Ready), so that what needs only it runs beside the second. W (weights.cuh) says how weights lie in a chunk and become fragments.
+// two outputs every block has its share of the first, then its share of the second. W (weights.cuh) says how weights lie in a chunk and
+// become fragments.
 #pragma once
 #include <climits>
 
@@ -235,7 +235,7 @@ Source source(const DecodeInput& in, int N) {
 // b: nullptr, or a second product (out_b given) or a second part of K
 template <class W>
 void product(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const DecodeInput* in_b, const DecodeOutput* out_b,
-             const SplitScratch& scratch, int32_t* ready = nullptr) {
+             const SplitScratch& scratch) {
   Args a{};
   a.T = T;
   a.partial = scratch.partial;
@@ -252,12 +252,11 @@ void product(const Stream& s, DType act, int T, const DecodeInput& in, const Dec
   a.in_turn = first >= blocks && (first + second) / blocks > (first + blocks - 1) / blocks;
   a.by_blocks = Divider(uint32_t(blocks));
   for (int o = 0; o < 2; ++o) a.by_steps[o] = Divider(uint32_t(std::max(1, a.steps[o])));
-  a.ready = ready;
   stream_rows<W>(s, act, a);
 }
 
 // The formats of linear_decode_quantized.cu; both inputs have the same.
 void product_quantized(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const DecodeInput* in_b,
-                       const DecodeOutput* out_b, const SplitScratch& scratch, int32_t* ready);
+                       const DecodeOutput* out_b, const SplitScratch& scratch);
 
 }  // namespace codefuse::cuda::stream

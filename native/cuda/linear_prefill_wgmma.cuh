@@ -1,0 +1,318 @@
+// Linear layers of prefill rows on Hopper's warpgroup matrix instructions, from the same tiles as decode: the weights are the A operand,
+// from registers (a lane's 16 bytes of a tile are its A fragment), x the B operand, K-major in shared memory with the 128-byte swizzle.
+//
+// A block makes kRows outputs of TOKENS rows of x: one producer warp keeps a ring of (weights, x) chunks full by bulk copies, two
+// consumer warpgroups take 64 outputs each. The two blocks of a cluster take the halves of a row group for the same rows of x, and each
+// fetches half of x for both. The grid is persistent. Clusters that need the same weights for different rows of x are a team: they go
+// through the same tiles at the same time, so that weights come from memory once. Tiles that do not divide evenly among teams are
+// relayed: one runs the first chunks of a tile, and leaves its sums for the next, which goes on from them.
+//
+// Every output is one sum in chunks of 16 columns in order: the relay hands on the float32 accumulators as they are, and the
+// width of an instruction (TOKENS) does not change what one of its columns is. So a row's result depends neither on the number of rows
+// nor on the tile shape.
+#pragma once
+#include "cuda/prefill_tile.cuh"
+#include "cuda/prefill_work.h"
+#include "cuda/tensor_map.h"
+#include "cuda/weights.cuh"
+
+namespace codefuse::cuda::prefill {
+
+constexpr int kRows = 128;                 // outputs of a block: half a row group
+constexpr int kThreads = 384;              // a warpgroup with the producer, two of consumers
+constexpr int kMaxStages = 8;
+
+CODEFUSE_HD constexpr int x_bytes(int tokens) { return tokens * kChunkCols * 2; }
+// Weights of a stage: 64 columns of half a row group, with 4 bits' scales and zeros.
+template <class W>
+CODEFUSE_HD constexpr int w_bytes() {
+  return W::kScale == Scale::none ? kChunkBytes / 2 : W::kScale == Scale::row ? 8 * kTile8 : 8 * kTile4 + (W::kBytes - kCodes4) / 2;
+}
+template <class W>
+CODEFUSE_HD constexpr int stage_bytes(int tokens) { return (w_bytes<W>() + 1023) / 1024 * 1024 + x_bytes(tokens); }
+template <class W>
+CODEFUSE_HD constexpr int stages_for(int tokens) {
+  const int fit = (232448 - 1024 - 1024 - 2 * kStageOutBytes) / stage_bytes<W>(tokens);
+  return fit < kMaxStages ? fit : kMaxStages;
+}
+template <class W>
+CODEFUSE_HD constexpr int shared_for(int tokens) { return 1024 + stages_for<W>(tokens) * stage_bytes<W>(tokens) + 2 * kStageOutBytes; }
+
+// As cudaFuncGetAttributes shows it: static shared memory only where there is code for Hopper.
+struct Barriers {
+  uint64_t full[kMaxStages], empty[kMaxStages];
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define CODEFUSE_WGMMA 1
+
+// 64 rows x 16 columns (each warp of the warpgroup its 16 rows) times 16 columns of TOKENS rows at descriptor b
+#define CODEFUSE_F8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define CODEFUSE_F32(i) CODEFUSE_F8(i), CODEFUSE_F8(i + 8), CODEFUSE_F8(i + 16), CODEFUSE_F8(i + 24)
+#define CODEFUSE_D32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define CODEFUSE_D64 CODEFUSE_D32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define CODEFUSE_D96 CODEFUSE_D64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define CODEFUSE_D128 CODEFUSE_D96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define CODEFUSE_WGMMA_OP(n, type, accumulators, a, b) \
+  "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." #type "." #type " {" accumulators "}, {" a "}, " b ", p, 1, 1, 0;\n}"
+#define CODEFUSE_WGMMA_FN(n, accumulators, a, b, ...)                                                                       \
+  template <class T>                                                                                                        \
+  __device__ __forceinline__ void wgmma(float (&d)[n / 2], const uint4& w, uint64_t x) {                                    \
+    if constexpr (std::is_same<T, __half>::value)                                                                           \
+      asm volatile(CODEFUSE_WGMMA_OP(n, f16, accumulators, a, b) : __VA_ARGS__ : "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w), "l"(x));  \
+    else                                                                                                                    \
+      asm volatile(CODEFUSE_WGMMA_OP(n, bf16, accumulators, a, b) : __VA_ARGS__ : "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w), "l"(x)); \
+  }
+CODEFUSE_WGMMA_FN(64, CODEFUSE_D32, "%32,%33,%34,%35", "%36", CODEFUSE_F32(0))
+CODEFUSE_WGMMA_FN(128, CODEFUSE_D64, "%64,%65,%66,%67", "%68", CODEFUSE_F32(0), CODEFUSE_F32(32))
+CODEFUSE_WGMMA_FN(256, CODEFUSE_D128, "%128,%129,%130,%131", "%132", CODEFUSE_F32(0), CODEFUSE_F32(32), CODEFUSE_F32(64), CODEFUSE_F32(96))
+#undef CODEFUSE_F8
+#undef CODEFUSE_F32
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
+template <int N> __device__ __forceinline__ void hold(float (&d)[N]) {  // keeps the compiler from moving accumulators across
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// K-major, rows of 128 bytes, 8 rows to a 1024-byte block of the 128-byte swizzle
+__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
+  return uint64_t(address >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
+}
+
+__device__ __forceinline__ void arrive_at(uint64_t* b, uint32_t block) {  // the same barrier in a block of the cluster
+  asm volatile("{\n.reg .b32 a;\nmapa.shared::cluster.u32 a, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [a];\n}" ::"r"(shared_address(b)), "r"(block) : "memory");
+}
+// to both blocks of the cluster, the same place and barrier in each
+__device__ __forceinline__ void tensor_copy_both(void* dst, const CUtensorMap* map, int column, int row, uint64_t* b) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(dst)), "l"(map), "r"(column), "r"(row), "r"(shared_address(b)), "h"(uint16_t(3)) : "memory");
+}
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+// The parts of a chunk that a stage has, 64 columns (`block`) of half a row group: part(place in the stage, in the chunk, bytes).
+template <class W, class F>
+__device__ __forceinline__ void parts_of(int block, int half, const F& part) {
+  if constexpr (W::kScale == Scale::none) {
+    part(0, half * (kChunkBytes / 2), kChunkBytes / 2);
+  } else {
+    constexpr int kTile = W::kScale == Scale::row ? kTile8 : kTile4;
+    part(0, (block * 16 + half * 8) * kTile, 8 * kTile);
+    if constexpr (W::kScale == Scale::block) {
+      part(8 * kTile4, kCodes4 + half * (W::kScales / 2), W::kScales / 2);
+      part(8 * kTile4 + W::kScales / 2, kCodes4 + W::kScales + half * (W::kZeros / 2), W::kZeros / 2);
+    }
+  }
+}
+
+// The fragments of one of a stage's 8 row tiles; those of 4 bits are scaled, which rounds them, as 16-bit weights are.
+template <class W>
+__device__ __forceinline__ void load_fragments(uint4 (&a)[4], const uint8_t* stage, int tile, int block, int lane) {
+  using T = typename W::Type;
+  if constexpr (W::kScale == Scale::none) {
+    fragments<W>(a, W::codes(stage, tile, block, lane), {});
+  } else if constexpr (W::kScale == Scale::row) {
+    fragments<W>(a, W::tile_codes(stage + tile * kTile8, lane), {});
+  } else {
+    const int at = tile * 8 + lane / 4, group = block / W::kBlocks;
+    const __half2 scale = *reinterpret_cast<const __half2*>(stage + 8 * kTile4 + at * (4 * W::kGroups) + group * 4);  // of row g, of row g + 8
+    fragments<W>(a, W::tile_codes(stage + tile * kTile4, lane), W::excess(load2(stage + (8 * kTile4 + W::kScales / 2 + at * (2 * W::kGroups) + group * 2))));
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      if constexpr (std::is_same<T, __half>::value) {
+        const __half2 low = __low2half2(scale), high = __high2half2(scale);
+        a[s].x = as_bits(__hmul2(as_half2(a[s].x), low));
+        a[s].y = as_bits(__hmul2(as_half2(a[s].y), high));
+        a[s].z = as_bits(__hmul2(as_half2(a[s].z), low));
+        a[s].w = as_bits(__hmul2(as_half2(a[s].w), high));
+      } else {
+        const float low = __low2float(scale), high = __high2float(scale);
+        auto scaled = [](uint32_t v, float by) {
+          const float2 f = __bfloat1622float2(as_bfloat162(v));
+          return pack2<__nv_bfloat16>(f.x * by, f.y * by);
+        };
+        a[s] = make_uint4(scaled(a[s].x, low), scaled(a[s].y, high), scaled(a[s].z, low), scaled(a[s].w, high));
+      }
+    }
+  }
+}
+#endif
+
+// row_scale [N padded] of q8_row; chunks: of 64 columns, whatever the format's; members: clusters of a team; tiles: of the outputs of a
+// cluster x the rows of x of a team
+template <class W, int TOKENS>
+__global__ void __launch_bounds__(kThreads, 1) gemm(const uint8_t* __restrict__ w, const float* __restrict__ row_scale, const __grid_constant__ CUtensorMap x,
+                                                    int tokens, int N, int chunks, int tiles, int members, PrefillScratch scratch, Epilogue e) {
+#ifdef CODEFUSE_WGMMA
+  using T = typename W::Type;
+  constexpr int kStages = stages_for<W>(TOKENS), kXBytes = x_bytes(TOKENS), kStageBytes = stage_bytes<W>(TOKENS);
+  extern __shared__ uint8_t shared[];
+  __shared__ Barriers barriers;
+  uint8_t* const smem = shared + (1024 - shared_address(shared) % 1024) % 1024;  // [kStages] (x, weights), then outputs
+  const int warpgroup = threadIdx.x / 128, rank = int(blockIdx.x % 2), member = int(blockIdx.x / 2) % members;
+  const int across = (tokens + TOKENS * members - 1) / (TOKENS * members);  // tiles with the same weights
+  const auto half_of = [&](int tile) { return tile / across * 2 + rank; };
+  const auto token_of = [&](int tile) { return (tile % across * members + member) * TOKENS; };
+  const Work work(blockIdx.x / (2 * members), gridDim.x / (2 * members), tiles, chunks, scratch.partial != nullptr);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(&barriers.full[i], 1);
+      barrier_init(&barriers.empty[i], 16);  // the consumer warps of both blocks
+    }
+    barrier_init_fence();
+  }
+  __syncthreads();
+  cluster_sync();
+  launch_dependents();
+
+  if (warpgroup == 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if (threadIdx.x == 0) {
+      asm volatile("prefetch.tensormap [%0];" ::"l"(&x) : "memory");
+      bool waited = false;
+      int stage = 0, parity = 1;
+      const int own_chunks = (chunks + W::kCols / 64 - 1) / (W::kCols / 64);
+      for (Walk at(work); !at.done(); at.step()) {
+        uint8_t *const to = smem + stage * kStageBytes, *const weights = to + kXBytes;
+        uint64_t* const full = &barriers.full[stage];
+        barrier_wait(&barriers.empty[stage], parity);
+        barrier_expect(full, kXBytes + w_bytes<W>());
+        const uint8_t* const chunk = w + (size_t(half_of(at.item.tile) / 2) * own_chunks + at.chunk / (W::kCols / 64)) * W::kBytes;
+        parts_of<W>(at.chunk % (W::kCols / 64), rank, [&](int place, int from, int bytes) { bulk_copy(weights + place, chunk + from, bytes, full); });
+        if (!waited) grid_wait();
+        waited = true;
+        tensor_copy_both(to + rank * (kXBytes / 2), &x, at.chunk * kChunkCols, token_of(at.item.tile) + rank * (TOKENS / 2), full);
+        if (++stage == kStages) stage = 0, parity ^= 1;
+      }
+    }
+    grid_wait();
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    const int group = warpgroup - 1, thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32;
+    uint8_t* const staging = smem + kStages * kStageBytes + group * kStageOutBytes;
+    const uint64_t b_base = descriptor(shared_address(smem));
+    const int slot = int(blockIdx.x);
+    int stage = 0, parity = 0;
+    grid_wait();
+    float d[TOKENS / 2];
+    for (int i = 0; i < work.count; ++i) {
+      const Item item = work.item(i);
+      if (item.begin == 0) {
+#pragma unroll
+        for (int r = 0; r < TOKENS / 2; ++r) d[r] = 0.f;
+      } else {
+        take(d, scratch.partial + size_t(slot - 2 * members) * kPrefillSlot + thread * 4, scratch.flag + (slot - 2 * members) * 8 + warp);
+      }
+      const int n = item.end - item.begin;
+      uint4 even[4], odd[4];  // weights of chunks by turns: while one is multiplied, the next is made
+      int c = 0, before = 0;  // the stage of the chunk before this one
+      const auto make = [&](uint4(&to)[4]) {
+        barrier_wait(&barriers.full[stage], parity);
+        load_fragments<W>(to, smem + stage * kStageBytes + kXBytes, warp, (item.begin + c) % (W::kCols / 64), lane);
+      };
+      const auto release = [&](int used) {
+        if (lane < 2) arrive_at(&barriers.empty[used], lane);
+      };
+      // multiplies a chunk, and makes the next when the one before, which had its registers, is done; false: it was the last
+      const auto multiply = [&](const uint4(&now)[4], uint4(&next)[4]) {
+        const uint64_t b = b_base + uint32_t(stage * (kStageBytes >> 4));
+        wgmma_fence();
+#pragma unroll
+        for (int s = 0; s < 4; ++s) wgmma<T>(d, now[s], b + 2 * s);
+        wgmma_commit();
+        wgmma_wait<1>();
+        if (c > 0) release(before);
+        before = stage;
+        if (++stage == kStages) stage = 0, parity ^= 1;
+        if (++c == n) return false;
+        make(next);
+        return true;
+      };
+      make(even);
+      hold(d);
+      while (multiply(even, odd) && multiply(odd, even)) {
+      }
+      wgmma_wait<0>();
+      release(before);
+      hold(d);
+      if (W::kScale == Scale::row && item.end == chunks) {
+        const float* scale = row_scale + half_of(item.tile) * kRows + warp * 16 + lane / 4;
+        const float sa = scale[0], sb = scale[8];
+#pragma unroll
+        for (int r = 0; r < TOKENS / 2; ++r) d[r] *= r % 4 < 2 ? sa : sb;
+      }
+      if (item.end < chunks)
+        leave(d, scratch.partial + size_t(slot) * kPrefillSlot + thread * 4, scratch.flag + slot * 8 + warp);
+      else
+        write_tile<T, TOKENS>(d, staging, group, token_of(item.tile), tokens, half_of(item.tile) * kRows + group * 64, N, e);
+    }
+  }
+  cluster_sync();  // a block's barriers are there until its peer has arrived at them
+#endif
+}
+
+using Kernel = void (*)(const uint8_t*, const float*, CUtensorMap, int, int, int, int, int, PrefillScratch, Epilogue);
+
+// clusters that can be resident at a time
+template <class W, int TOKENS>
+int clusters_of(const Stream& s, const cudaLaunchConfig_t& config) {
+  static const int clusters = [&] {
+    int n = 0;
+    cudaLaunchConfig_t ask = config;
+    ask.gridDim = s.sms / 2 * 2;
+    check(cudaOccupancyMaxActiveClusters(&n, Kernel(gemm<W, TOKENS>), &ask), "clusters");
+    return std::max(n, 1);
+  }();
+  return std::min(clusters, s.sms / 2);
+}
+
+template <class W, int TOKENS>
+void run(const Stream& s, DType act, const void* x, const void* w, const float* row_scale, int tokens, int N, int K, const PrefillScratch& scratch, const Epilogue& e, int members) {
+  const Kernel kernel = gemm<W, TOKENS>;
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared_for<W>(TOKENS)), "shared memory");
+  cudaLaunchAttribute attribute[2]{};
+  attribute[0].id = cudaLaunchAttributeClusterDimension;
+  attribute[0].val.clusterDim.x = 2;
+  attribute[0].val.clusterDim.y = attribute[0].val.clusterDim.z = 1;
+  attribute[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t c{};
+  c.blockDim = kThreads;
+  c.dynamicSmemBytes = shared_for<W>(TOKENS);
+  c.stream = s.stream;
+  c.attrs = attribute;
+  c.numAttrs = 1;
+  const int clusters = clusters_of<W, TOKENS>(s, c), rows = TOKENS * members, tiles = int(groups_of(N)) * ((tokens + rows - 1) / rows);
+  c.gridDim = std::min(tiles, std::max(1, clusters / members)) * members * 2;
+  c.numAttrs = s.dependent ? 2 : 1;
+  check(cudaLaunchKernelEx(&c, kernel, static_cast<const uint8_t*>(w), row_scale, rows_map(act, x, tokens, K, TOKENS / 2), tokens, N, int(steps_of(K)), tiles, members, scratch, e), "launch");
+}
+
+constexpr int kMembers = 8;  // of a team at most
+
+// The tile shape and team with the least of: tiles of the busiest team x what one takes. Reading 16-bit weights from memory once more costs
+// about a twentieth.
+template <class W>
+void choose(const Stream& s, DType act, const void* x, const void* w, const float* row_scale, int tokens, int N, int K, const PrefillScratch& scratch, const Epilogue& e) {
+  const double cost[3] = {0.42, 0.6, 1}, again = 0.05 * w_bytes<W>() / (kChunkBytes / 2);
+  double best = 0;
+  int shape = 0, members = 1;
+  for (int v = 0; v < 3; ++v) {
+    const int tiles = (tokens + (64 << v) - 1) / (64 << v);
+    for (int m = 1; m <= std::min({tiles, kMembers, s.sms / 2}); ++m) {
+      const int across = (tiles + m - 1) / m;
+      const double share = double(groups_of(N)) * across / (s.sms / 2 / m);
+      const double time = cost[v] * (share <= 1 ? 1 : scratch.partial ? share : double(int64_t(share + 0.999))) * (1 + again * (across - 1));
+      if (best == 0 || time < best) best = time, shape = v, members = m;
+    }
+  }
+  switch (shape) {
+    case 0: return run<W, 64>(s, act, x, w, row_scale, tokens, N, K, scratch, e, members);
+    case 1: return run<W, 128>(s, act, x, w, row_scale, tokens, N, K, scratch, e, members);
+    default: return run<W, 256>(s, act, x, w, row_scale, tokens, N, K, scratch, e, members);
+  }
+}
+
+}  // namespace codefuse::cuda::prefill
