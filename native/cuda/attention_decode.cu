@@ -21,7 +21,6 @@ struct Args {
   const float2* angles;  // [max_len, rope_dim / 2], FUSE; rope_dim a multiple of 16
 };
 
-
 // 8 elements, 16 bytes at a time; not through L1, which could hold a line from before another kernel wrote to it
 template <class T> struct Eight { uint4 raw[sizeof(T) / 2]; };
 template <class T>

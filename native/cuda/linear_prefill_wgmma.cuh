@@ -15,6 +15,7 @@
 #include "cuda/prefill_work.h"
 #include "cuda/tensor_map.h"
 #include "cuda/weights.cuh"
+#include "cuda/wgmma.cuh"
 
 namespace codefuse::cuda::prefill {
 
@@ -43,45 +44,7 @@ struct Barriers {
   uint64_t full[kMaxStages], empty[kMaxStages];
 };
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define CODEFUSE_WGMMA 1
-
-// 64 rows x 16 columns (each warp of the warpgroup its 16 rows) times 16 columns of TOKENS rows at descriptor b
-#define CODEFUSE_F8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define CODEFUSE_F32(i) CODEFUSE_F8(i), CODEFUSE_F8(i + 8), CODEFUSE_F8(i + 16), CODEFUSE_F8(i + 24)
-#define CODEFUSE_D32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define CODEFUSE_D64 CODEFUSE_D32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define CODEFUSE_D96 CODEFUSE_D64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
-#define CODEFUSE_D128 CODEFUSE_D96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-#define CODEFUSE_WGMMA_OP(n, type, accumulators, a, b) \
-  "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." #type "." #type " {" accumulators "}, {" a "}, " b ", p, 1, 1, 0;\n}"
-#define CODEFUSE_WGMMA_FN(n, accumulators, a, b, ...)                                                                       \
-  template <class T>                                                                                                        \
-  __device__ __forceinline__ void wgmma(float (&d)[n / 2], const uint4& w, uint64_t x) {                                    \
-    if constexpr (std::is_same<T, __half>::value)                                                                           \
-      asm volatile(CODEFUSE_WGMMA_OP(n, f16, accumulators, a, b) : __VA_ARGS__ : "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w), "l"(x));  \
-    else                                                                                                                    \
-      asm volatile(CODEFUSE_WGMMA_OP(n, bf16, accumulators, a, b) : __VA_ARGS__ : "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w), "l"(x)); \
-  }
-CODEFUSE_WGMMA_FN(64, CODEFUSE_D32, "%32,%33,%34,%35", "%36", CODEFUSE_F32(0))
-CODEFUSE_WGMMA_FN(128, CODEFUSE_D64, "%64,%65,%66,%67", "%68", CODEFUSE_F32(0), CODEFUSE_F32(32))
-CODEFUSE_WGMMA_FN(256, CODEFUSE_D128, "%128,%129,%130,%131", "%132", CODEFUSE_F32(0), CODEFUSE_F32(32), CODEFUSE_F32(64), CODEFUSE_F32(96))
-#undef CODEFUSE_F8
-#undef CODEFUSE_F32
-
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N> __device__ __forceinline__ void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory"); }
-template <int N> __device__ __forceinline__ void hold(float (&d)[N]) {  // keeps the compiler from moving accumulators across
-#pragma unroll
-  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
-}
-
-// K-major, rows of 128 bytes, 8 rows to a 1024-byte block of the 128-byte swizzle
-__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
-  return uint64_t(address >> 4 & 0x3fff) | uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32 | uint64_t(1) << 62;
-}
-
+#ifdef CODEFUSE_WGMMA
 __device__ __forceinline__ void arrive_at(uint64_t* b, uint32_t block) {  // the same barrier in a block of the cluster
   asm volatile("{\n.reg .b32 a;\nmapa.shared::cluster.u32 a, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [a];\n}" ::"r"(shared_address(b)), "r"(block) : "memory");
 }
@@ -92,6 +55,7 @@ __device__ __forceinline__ void tensor_copy_both(void* dst, const CUtensorMap* m
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
+
 // The parts of a chunk that a stage has, 64 columns (`block`) of half a row group: part(place in the stage, in the chunk, bytes).
 template <class W, class F>
 __device__ __forceinline__ void parts_of(int block, int half, const F& part) {
@@ -192,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const uint8_t* __restrict__ 
     asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int group = warpgroup - 1, thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32;
     uint8_t* const staging = smem + kStages * kStageBytes + group * kStageOutBytes;
-    const uint64_t b_base = descriptor(shared_address(smem));
+    const uint64_t b_base = wgmma_rows(shared_address(smem));
     const int slot = int(blockIdx.x);
     int stage = 0, parity = 0;
     grid_wait();
@@ -220,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const uint8_t* __restrict__ 
         const uint64_t b = b_base + uint32_t(stage * (kStageBytes >> 4));
         wgmma_fence();
 #pragma unroll
-        for (int s = 0; s < 4; ++s) wgmma<T>(d, now[s], b + 2 * s);
+        for (int s = 0; s < 4; ++s) wgmma_add<T>(d, now[s], b + 2 * s);
         wgmma_commit();
         wgmma_wait<1>();
         if (c > 0) release(before);
@@ -231,12 +195,12 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const uint8_t* __restrict__ 
         return true;
       };
       make(even);
-      hold(d);
+      wgmma_hold(d);
       while (multiply(even, odd) && multiply(odd, even)) {
       }
       wgmma_wait<0>();
       release(before);
-      hold(d);
+      wgmma_hold(d);
       if (W::kScale == Scale::row && item.end == chunks) {
         const float* scale = row_scale + half_of(item.tile) * kRows + warp * 16 + lane / 4;
         const float sa = scale[0], sb = scale[8];

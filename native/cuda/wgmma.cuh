@@ -33,6 +33,8 @@ __device__ __forceinline__ uint64_t wgmma_columns(uint32_t address, uint32_t nex
 #define CODEFUSE_D32(i) CODEFUSE_D8(i), CODEFUSE_D8(i + 8), CODEFUSE_D8(i + 16), CODEFUSE_D8(i + 24)
 #define CODEFUSE_LIST32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define CODEFUSE_LIST64 CODEFUSE_LIST32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define CODEFUSE_LIST96 CODEFUSE_LIST64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define CODEFUSE_LIST128 CODEFUSE_LIST96 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define CODEFUSE_WGMMA_OP(n, type, list, operands, add, last) \
   "{\n.reg .pred p;\nsetp.ne.b32 p, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." #type "." #type " {" list "}, " operands ", p, 1, 1, " last ";\n}"
 
@@ -57,13 +59,32 @@ __device__ __forceinline__ uint64_t wgmma_columns(uint32_t address, uint32_t nex
 CODEFUSE_WGMMA_ROWS(128, CODEFUSE_LIST64, "%64, %65", "%66", CODEFUSE_D32(0), CODEFUSE_D32(32))
 CODEFUSE_WGMMA_COLUMNS(64, CODEFUSE_LIST32, "{%32,%33,%34,%35}, %36", "%37", CODEFUSE_D32(0))
 CODEFUSE_WGMMA_COLUMNS(128, CODEFUSE_LIST64, "{%64,%65,%66,%67}, %68", "%69", CODEFUSE_D32(0), CODEFUSE_D32(32))
+
+// d += A B, A in registers, B by rows
+#define CODEFUSE_WGMMA_ADD_OP(n, type, list, a, b) \
+  "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." #type "." #type " {" list "}, {" a "}, " b ", p, 1, 1, 0;\n}"
+#define CODEFUSE_WGMMA_ADD(n, list, a, b, ...)                                                                                                  \
+  template <class T>                                                                                                                          \
+  __device__ __forceinline__ void wgmma_add(float (&d)[n / 2], const uint4& w, uint64_t x) {                                                    \
+    if constexpr (std::is_same<T, __half>::value)                                                                                             \
+      asm volatile(CODEFUSE_WGMMA_ADD_OP(n, f16, list, a, b) : __VA_ARGS__ : "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w), "l"(x));                   \
+    else                                                                                                                                      \
+      asm volatile(CODEFUSE_WGMMA_ADD_OP(n, bf16, list, a, b) : __VA_ARGS__ : "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w), "l"(x));                  \
+  }
+CODEFUSE_WGMMA_ADD(64, CODEFUSE_LIST32, "%32,%33,%34,%35", "%36", CODEFUSE_D32(0))
+CODEFUSE_WGMMA_ADD(128, CODEFUSE_LIST64, "%64,%65,%66,%67", "%68", CODEFUSE_D32(0), CODEFUSE_D32(32))
+CODEFUSE_WGMMA_ADD(256, CODEFUSE_LIST128, "%128,%129,%130,%131", "%132", CODEFUSE_D32(0), CODEFUSE_D32(32), CODEFUSE_D32(64), CODEFUSE_D32(96))
 #undef CODEFUSE_D8
 #undef CODEFUSE_D32
 #undef CODEFUSE_LIST32
 #undef CODEFUSE_LIST64
+#undef CODEFUSE_LIST96
+#undef CODEFUSE_LIST128
 #undef CODEFUSE_WGMMA_OP
 #undef CODEFUSE_WGMMA_ROWS
 #undef CODEFUSE_WGMMA_COLUMNS
+#undef CODEFUSE_WGMMA_ADD_OP
+#undef CODEFUSE_WGMMA_ADD
 
 }  // namespace codefuse::cuda
 #endif
