@@ -88,6 +88,11 @@ __device__ __forceinline__ void grid_wait() {
 #endif
 }
 
+// What a predecessor wrote is read by this where a pointer is const and __restrict__: the compiler would take the non-coherent path (ld.global.nc),
+// which is for what nobody writes as long as the kernel is there, and a kernel that starts early is there while its predecessor writes.
+template <class T>
+__device__ __forceinline__ T load_fresh(const T* p) { return __ldcg(p); }
+
 // ---- copies into shared memory ----------------------------------------------------------------------------------------
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 

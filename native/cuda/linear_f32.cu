@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(256) row_times_vectors(const float* __restrict
     for (int k = lane; k < K; k += 32) {
       const float a = w[int64_t(n) * K + k];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) acc[j] = fmaf(a, x[int64_t(min(t0 + j, T - 1)) * K + k], acc[j]);
+      for (int j = 0; j < 8; ++j) acc[j] = fmaf(a, load_fresh(x + (int64_t(min(t0 + j, T - 1)) * K + k)), acc[j]);
     }
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(256) gemm_f32(const float* __restrict__ x, con
       int r = i / kDepth, c = i % kDepth;
       bool inside = k0 + c < K;
       ws[c][r] = inside && n0 + r < N ? w[int64_t(n0 + r) * K + k0 + c] : 0.f;
-      xs[c][r] = inside && t0 + r < T ? x[int64_t(t0 + r) * K + k0 + c] : 0.f;
+      xs[c][r] = inside && t0 + r < T ? load_fresh(x + (int64_t(t0 + r) * K + k0 + c)) : 0.f;
     }
     __syncthreads();
 #pragma unroll

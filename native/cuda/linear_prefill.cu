@@ -117,7 +117,7 @@ void run(const Stream& s, const void* x, const void* w, int tokens, int N, int K
 __global__ void pad(uint16_t* __restrict__ y, const uint16_t* __restrict__ x, int K, int padded) {
   launch_dependents();
   grid_wait();
-  for (int k = threadIdx.x; k < padded; k += blockDim.x) y[int64_t(blockIdx.x) * padded + k] = k < K ? x[int64_t(blockIdx.x) * K + k] : uint16_t(0);
+  for (int k = threadIdx.x; k < padded; k += blockDim.x) y[int64_t(blockIdx.x) * padded + k] = k < K ? load_fresh(x + (int64_t(blockIdx.x) * K + k)) : uint16_t(0);
 }
 
 }  // namespace

@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) norm_short(const Outputs out, const 
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const int at = i * blockDim.x + threadIdx.x;
-    if (at < count) v[i] = reinterpret_cast<const float4*>(x)[at];
+    if (at < count) v[i] = load_fresh(reinterpret_cast<const float4*>(x) + at);
   }
   if (center) {
     float sum = 0.f;
@@ -109,14 +109,17 @@ __global__ void __launch_bounds__(kThreads) norm_long(const Outputs out, const f
   T* const y = static_cast<T*>(blockIdx.y ? out.y[1] : out.y[0]) + int64_t(blockIdx.x) * hidden;
   float sum = 0.f, squares = 0.f;
 #pragma unroll 8
-  for (int i = threadIdx.x; i < hidden; i += kThreads) sum += x[i];
+  for (int i = threadIdx.x; i < hidden; i += kThreads) sum += load_fresh(x + i);
   const float mean = center ? block_sum(sum, parts[0]) / hidden : 0.f;
 #pragma unroll 8
-  for (int i = threadIdx.x; i < hidden; i += kThreads) squares += (x[i] - mean) * (x[i] - mean);
+  for (int i = threadIdx.x; i < hidden; i += kThreads) {
+    const float z = load_fresh(x + i) - mean;
+    squares += z * z;
+  }
   const float scale = 1.f / sqrtf(block_sum(squares, parts[1]) / hidden + eps);
 #pragma unroll 4
   for (int i = threadIdx.x; i < hidden; i += kThreads)
-    y[i] = from_float<T>(fmaf((x[i] - mean) * scale, n.weight ? n.weight[i] : 1.f, n.bias ? n.bias[i] : 0.f));
+    y[i] = from_float<T>(fmaf((load_fresh(x + i) - mean) * scale, n.weight ? n.weight[i] : 1.f, n.bias ? n.bias[i] : 0.f));
 }
 
 bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }

@@ -38,7 +38,7 @@ __global__ void gather(float* __restrict__ y, const float* __restrict__ x, const
   launch_dependents();
   grid_wait();
   const int64_t from = int64_t(row[blockIdx.x]) * hidden, to = int64_t(blockIdx.x) * hidden;
-  for (int i = threadIdx.x; i < hidden; i += blockDim.x) y[to + i] = x[from + i];
+  for (int i = threadIdx.x; i < hidden; i += blockDim.x) y[to + i] = load_fresh(x + from + i);
 }
 
 template <class T>
@@ -47,7 +47,7 @@ __global__ void take(T* __restrict__ y, const T* __restrict__ x, const int32_t* 
   const int64_t i = int64_t(blockIdx.y) * blockDim.x + threadIdx.x;
   const int32_t from = i < k ? order[i] : 0;
   grid_wait();
-  if (i < k) y[blockIdx.x * k + i] = x[blockIdx.x * k + from];
+  if (i < k) y[blockIdx.x * k + i] = load_fresh(x + (blockIdx.x * k + from));
 }
 
 template <class T>
