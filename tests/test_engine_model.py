@@ -43,8 +43,8 @@ def reference(model, prompt, n):
     return out[0, len(prompt):].tolist()
 
 
-def run_together(engine, requests):
-    """Results of requests submitted at once, in order."""
+def run_together(engine, requests, beside=None):
+    """Results of requests submitted at once, in order, with what beside() submits."""
     import threading
 
     out = [None] * len(requests)
@@ -54,7 +54,9 @@ def run_together(engine, requests):
         out[i] = engine.generate(prompt, ignore_eos=True, logprobs=True, **options)
 
     threads = [threading.Thread(target=one, args=(i,)) for i in range(len(requests))]
-    with held(engine, len(requests)):
+    with held(engine, len(requests) + (beside is not None)):
+        if beside:
+            beside()
         for t in threads:
             t.start()
     for t in threads:
@@ -146,10 +148,9 @@ def test_warm_equals_cold(tiny, variant, device, dtype):
             asked = {"max_tokens": 30, "seed": round, "temperature": 0.8 * (round % 2)}
             want, = run_together(cold, [(prompt, asked)])
             # with others of the same beginning beside it, one of them cancelled half way
-            leaving = warm.stream(prompt[: len(prompt) // 2 + 1], max_tokens=40, ignore_eos=True)
-            next(leaving)
-            rest = run_together(warm, [(prompt, asked)] * 3)
-            leaving.close()
+            leaving = []
+            rest = run_together(warm, [(prompt, asked)] * 3, lambda: leaving.append(warm.stream(prompt[: len(prompt) // 2 + 1], max_tokens=90, ignore_eos=True)))
+            leaving[0].close()
             for got in rest + run_together(warm, [(prompt, asked)]):
                 assert got.token_ids.tolist() == want.token_ids.tolist()
                 assert got.logprobs.tobytes() == want.logprobs.tobytes()
