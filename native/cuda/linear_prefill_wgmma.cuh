@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const uint8_t* __restrict__ 
   if (warpgroup == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) {
-      asm volatile("prefetch.tensormap [%0];" ::"l"(&x) : "memory");
+      prefetch_map(&x);
       bool waited = false;
       int stage = 0, parity = 1;
       const int own_chunks = (chunks + W::kCols / 64 - 1) / (W::kCols / 64);

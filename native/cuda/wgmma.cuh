@@ -61,15 +61,13 @@ CODEFUSE_WGMMA_COLUMNS(64, CODEFUSE_LIST32, "{%32,%33,%34,%35}, %36", "%37", COD
 CODEFUSE_WGMMA_COLUMNS(128, CODEFUSE_LIST64, "{%64,%65,%66,%67}, %68", "%69", CODEFUSE_D32(0), CODEFUSE_D32(32))
 
 // d += A B, A in registers, B by rows
-#define CODEFUSE_WGMMA_ADD_OP(n, type, list, a, b) \
-  "{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #n "k16.f32." #type "." #type " {" list "}, {" a "}, " b ", p, 1, 1, 0;\n}"
 #define CODEFUSE_WGMMA_ADD(n, list, a, b, ...)                                                                                                  \
   template <class T>                                                                                                                          \
   __device__ __forceinline__ void wgmma_add(float (&d)[n / 2], const uint4& w, uint64_t x) {                                                    \
     if constexpr (std::is_same<T, __half>::value)                                                                                             \
-      asm volatile(CODEFUSE_WGMMA_ADD_OP(n, f16, list, a, b) : __VA_ARGS__ : "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w), "l"(x));                   \
+      asm volatile(CODEFUSE_WGMMA_OP(n, f16, list, "{" a "}, " b, "1", "0") : __VA_ARGS__ : "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w), "l"(x));                   \
     else                                                                                                                                      \
-      asm volatile(CODEFUSE_WGMMA_ADD_OP(n, bf16, list, a, b) : __VA_ARGS__ : "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w), "l"(x));                  \
+      asm volatile(CODEFUSE_WGMMA_OP(n, bf16, list, "{" a "}, " b, "1", "0") : __VA_ARGS__ : "r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w), "l"(x));                  \
   }
 CODEFUSE_WGMMA_ADD(64, CODEFUSE_LIST32, "%32,%33,%34,%35", "%36", CODEFUSE_D32(0))
 CODEFUSE_WGMMA_ADD(128, CODEFUSE_LIST64, "%64,%65,%66,%67", "%68", CODEFUSE_D32(0), CODEFUSE_D32(32))
@@ -83,7 +81,6 @@ CODEFUSE_WGMMA_ADD(256, CODEFUSE_LIST128, "%128,%129,%130,%131", "%132", CODEFUS
 #undef CODEFUSE_WGMMA_OP
 #undef CODEFUSE_WGMMA_ROWS
 #undef CODEFUSE_WGMMA_COLUMNS
-#undef CODEFUSE_WGMMA_ADD_OP
 #undef CODEFUSE_WGMMA_ADD
 
 }  // namespace codefuse::cuda
