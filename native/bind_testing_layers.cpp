@@ -44,7 +44,7 @@ class Layers {
     const size_t rows = size_t(limits_.rows), h = size_t(config_.hidden), d = size_t(config_.head_dim), act = size_of(ops_->act());
     x_ = static_cast<float*>(filled(rows * h, DType::f32));
     for (void** to : {&normed_, &normed2_}) *to = filled(rows * h, ops_->act());
-    qkv_ = filled(rows * size_t(config_.qkv_rows()), ops_->act());
+    for (void** to : {&qkv_, &other_qkv_}) *to = filled(rows * size_t(config_.qkv_rows()), ops_->act());
     attended_ = filled(rows * size_t(config_.heads) * d, ops_->act());
     up_ = filled(rows * size_t(config_.intermediate), ops_->act());
     kv_bytes_ = size_t(config_.kv_heads) * d * act * 2;
@@ -151,12 +151,14 @@ class Layers {
   ModelWeights weights_;
   Limits limits_;
   float* x_ = nullptr;                                                                                    // [T, H]
-  void *normed_ = nullptr, *normed2_ = nullptr, *qkv_ = nullptr, *attended_ = nullptr, *up_ = nullptr;  // as in Model
+  void *normed_ = nullptr, *normed2_ = nullptr, *qkv_ = nullptr, *other_qkv_ = nullptr, *attended_ = nullptr, *up_ = nullptr;  // as in Model
   size_t kv_bytes_ = 0;
   const std::map<std::string, std::function<void(Layer&)>> ops_by_name_{
       {"norm_pair", [this](Layer& l) { ops_->norm_pair(normed_, l.norm1, normed2_, l.norm2, x_, config_.norm, config_.norm_eps, config_.hidden); }},
       {"linear_pair", [this](Layer& l) { ops_->linear_pair(qkv_, normed_, l.qkv, nullptr, up_, normed2_, l.mlp_up, &config_.activation); }},
       {"rope_attention", [this](Layer& l) { ops_->rope_attention(attended_, qkv_, l.kv, config_, config_.heads, config_.kv_heads); }},
+      // of a QKV that no op of the layer writes, so not beside linear_pair
+      {"rope_attention after", [this](Layer& l) { ops_->rope_attention(attended_, other_qkv_, l.kv, config_, config_.heads, config_.kv_heads); }},
       {"linear_add_pair", [this](Layer& l) { ops_->linear_add_pair(x_, attended_, l.attn_out, up_, l.mlp_down); }},
       {"qkv", [this](Layer& l) { ops_->linear(qkv_, normed_, l.qkv); }},
       {"mlp_up", [this](Layer& l) { ops_->linear(up_, normed2_, l.mlp_up, &config_.activation); }},

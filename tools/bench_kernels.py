@@ -35,6 +35,7 @@ DECODE = {
     "the two matrix launches": PAIRS,
     "with both norms": ["norm_pair", *PAIRS],
     "with attention as well": ["norm_pair", "linear_pair", "rope_attention", "linear_add_pair"],
+    "the same, attention after the whole first launch": ["norm_pair", "linear_pair", "rope_attention after", "linear_add_pair"],
     "both norms alone": ["norm_pair"],
     "attention alone": ["rope_attention"],
 }

@@ -1,7 +1,8 @@
 // Attention of single rows over their pages. Positions are taken in splits of 64 tokens aligned at 0, a split by one block, an
 // equal part of it by each warp; softmax sums of the warps, then of the splits, are combined in order. So a row's result depends
 // on its position alone, not on how many blocks share its splits. Any head_dim up to 256 that is a multiple of 8.
-// K and V of a split are read into registers at once, those of the next split while this one's parts are combined.
+// K and V of a split are read into registers at once: those of earlier steps before the kernel waits for its predecessor, K of the next
+// split when this one's scores are there, V when its parts are combined.
 // With rope (FUSE) a row comes as the projection left it: a block rotates its Q, and whoever reads the split of the row's own position
 // rotates K, stores K and V, and goes on with them from registers; no other row of the step may look at that position.
 #include "cuda/kernels.h"
@@ -19,6 +20,7 @@ struct Args {
   int32_t* arrived;  // [rows, kv_heads]
   int splits;
   const float2* angles;  // [max_len, rope_dim / 2], FUSE; rope_dim a multiple of 16
+  Ready ready;           // FUSE: of qkv
 };
 
 // 8 elements, 16 bytes at a time; not through L1, which could hold a line from before another kernel wrote to it
@@ -49,9 +51,9 @@ __device__ __forceinline__ void unpack(const Eight<T>& v, float (&f)[8]) {
   }
 }
 
-// LANES lanes hold one token's head; a warp looks at 32 / LANES tokens at a time. HOLD: there are registers for V beside K.
-// grid: (kv_heads, rows, blocks sharing splits)
-template <class T, int LANES, int WARPS, bool HOLD, bool FUSE>
+// LANES lanes hold one token's head; a warp looks at 32 / LANES tokens at a time. HOLD: there are registers for V beside K. SINGLE: each KV
+// head has one head of Q, which is kept. grid: (kv_heads, rows, blocks sharing splits)
+template <class T, int LANES, int WARPS, bool HOLD, bool FUSE, bool SINGLE>
 __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) attend_rows(T* __restrict__ out, const T* __restrict__ qkv, T* keys,
                                                                        T* values, const Args a) {
   static_assert(!FUSE || (HOLD && sizeof(T) == 2), "");
@@ -63,11 +65,17 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) attend_rows(T* __restr
   __shared__ float tops[2][WARPS], weights[2][WARPS];
   __shared__ int is_last;
   launch_dependents();
-  const int row = a.row0 + blockIdx.y, kv_head = blockIdx.x, d = a.head_dim, group = a.heads / a.kv_heads;
+  const int row = a.row0 + blockIdx.y, kv_head = blockIdx.x, d = a.head_dim, group = SINGLE ? 1 : a.heads / a.kv_heads;
   const int last = a.m.position[row], first = a.window > 0 ? max(0, last - a.window + 1) : 0;
   const int first_split = first / kSplitTokens, splits = last / kSplitTokens - first_split + 1;
   const int each = (splits + gridDim.z - 1) / gridDim.z, share = (splits + each - 1) / each;  // blocks that have splits
-  if (int(blockIdx.z) >= share || a.m.slot[row] < 0) return;
+  const bool is_first = blockIdx.x + blockIdx.y + blockIdx.z == 0;
+  const bool early = FUSE && a.ready.counter;
+  if (int(blockIdx.z) >= share || a.m.slot[row] < 0) {
+    if (is_first) grid_wait();
+    return;  // a block of this kernel waits, so it ends after its predecessors
+  }
+  const int settled = a.m.settled ? a.m.settled[row] : 0;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, at = lane % LANES * 8;
   const int32_t* table = a.m.table + int64_t(a.m.sequence[row]) * a.m.max_pages;
   const bool active = at < d;
@@ -114,8 +122,23 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) attend_rows(T* __restr
 
   Eight<T> k[kRounds] = {}, v[kRounds] = {}, own_k = {}, own_v = {};
   int split = blockIdx.z, page = page_of(split), buffer = 0;
-  load(k, keys, split, page, first, stored);
-  if (HOLD) load(v, values, split, page, first, stored);
+  load(k, keys, split, page, first, min(settled, stored));
+  if (HOLD) load(v, values, split, page, first, min(settled, stored));
+  if (early) {
+    if (threadIdx.x == 0) {
+      int32_t stored = 0;
+      while (true) {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(stored) : "l"(a.ready.counter) : "memory");
+        if (stored >= a.ready.expected) break;
+        __nanosleep(32);
+      }
+    }
+    __syncthreads();
+  } else {
+    grid_wait();
+  }
+  load(k, keys, split, page, max(first, settled), stored);
+  if (HOLD) load(v, values, split, page, max(first, settled), stored);
   const int own_token = (splits - 1) % share == int(blockIdx.z) && last - token_of(splits - 1) < kTokens ? last - token_of(splits - 1) : -1;  // the warp's
   if (FUSE && own_token >= 0 && active) {
     own_k = turned(qkv + (a.heads + kv_head) * d);
@@ -126,20 +149,23 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) attend_rows(T* __restr
       *reinterpret_cast<uint4*>(values + to) = own_v.raw[0];
     }
   }
-  const auto put_own = [&](int split) {
+  const auto put_own = [&](Eight<T>(&to)[kRounds], const Eight<T>& own, int split) {
     if (!FUSE || split != splits - 1 || own_token < 0) return;
 #pragma unroll
     for (int r = 0; r < kRounds; ++r)
-      if (lane / LANES + r * kRound == own_token) k[r] = own_k, v[r] = own_v;
+      if (lane / LANES + r * kRound == own_token) to[r] = own;
   };
-  put_own(split);
+  Eight<T> own_q = {};
+  if (SINGLE && active) own_q = turned(qkv + kv_head * d);
+  put_own(k, own_k, split);
+  put_own(v, own_v, split);
 
   for (; split < splits; split += share) {
     const int next_page = page_of(split + share);
     const int mine = token_of(split) + lane % LANES / kSame * kRound + lane / LANES;  // whose score this lane comes to hold
     for (int h = 0; h < group; ++h, buffer ^= 1) {
       float q[8] = {}, z[kRounds];
-      if (active) unpack(turned(qkv + (kv_head * group + h) * d), q);
+      if (active) unpack(SINGLE ? own_q : turned(qkv + (kv_head * group + h) * d), q);
 #pragma unroll
       for (int i = 0; i < 8; ++i) q[i] *= a.scale;
       if (!HOLD && (h > 0 || split != int(blockIdx.z))) load(k, keys, split, page, first, last + 1);
@@ -150,6 +176,11 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) attend_rows(T* __restr
         z[r] = 0.f;
 #pragma unroll
         for (int i = 0; i < 8; ++i) z[r] = fmaf(q[i], f[i], z[r]);
+      }
+      const bool goes_on = HOLD && h == group - 1 && split + share < splits;
+      if (goes_on) {
+        load(k, keys, split + share, next_page, first, stored);
+        put_own(k, own_k, split + share);
       }
       // sums over the lanes of a token: each exchange halves the tokens a lane goes on with
 #pragma unroll
@@ -184,12 +215,11 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) attend_rows(T* __restr
 #pragma unroll
         for (int i = 0; i < 8; ++i) acc[i] = fmaf(w, f[i], acc[i]);
       }
-      if (HOLD && h == group - 1 && split + share < splits) {
+      if (goes_on) {
 #pragma unroll
         for (int r = 0; r < kRounds; ++r) v[r] = {};
-        load(k, keys, split + share, next_page, first, stored);
         load(v, values, split + share, next_page, first, stored);
-        put_own(split + share);
+        put_own(v, own_v, split + share);
       }
       int own = at;
 #pragma unroll
@@ -227,7 +257,10 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) attend_rows(T* __restr
     }
     page = next_page;
   }
-  if (splits == 1) return;
+  const auto leave = [&] {
+    if (early && is_first) grid_wait();
+  };
+  if (splits == 1) return leave();
   if (share > 1) {
     __threadfence();
     __syncthreads();
@@ -237,7 +270,7 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) attend_rows(T* __restr
       if (is_last) *arrived = 0;
     }
     __syncthreads();
-    if (!is_last) return;
+    if (!is_last) return leave();
     __threadfence();
   } else {
     __syncthreads();
@@ -269,28 +302,33 @@ __global__ void __launch_bounds__(WARPS * 32, 16 / WARPS) attend_rows(T* __restr
     }
     out[i] = from_float<T>(sum / total);
   }
+  leave();
 }
 
 template <class T>
 void run(const Stream& s, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, int row, int rows, const AttentionShape& a, const AttentionScratch& scratch,
-         bool fuse, const float2* angles) {
-  Args args{m, row, a.heads, a.kv_heads, a.head_dim, a.window, a.rope_dim, 1.44269504088896341f / sqrtf(float(a.head_dim)), scratch.partial, scratch.arrived, scratch.splits, angles};
+         bool fuse, const float2* angles, const Ready& ready) {
+  Args args{m, row, a.heads, a.kv_heads, a.head_dim, a.window, a.rope_dim, 1.44269504088896341f / sqrtf(float(a.head_dim)), scratch.partial, scratch.arrived, scratch.splits, angles, ready};
   constexpr bool f32 = sizeof(T) == 4;
   // so that K and V of a split are 64 registers
-  auto kernel = a.head_dim <= 64 ? attend_rows<T, 8, 4, true, false> : a.head_dim <= 128 ? attend_rows<T, 16, f32 ? 8 : 4, true, false> : attend_rows<T, 32, 8, !f32, false>;
-  if constexpr (!f32) {
-    if (fuse) kernel = a.head_dim <= 64 ? attend_rows<T, 8, 4, true, true> : attend_rows<T, 16, 4, true, true>;  // wider heads have no registers left for it
+  auto kernel = a.head_dim <= 64    ? attend_rows<T, 8, 4, true, false, false>
+                : a.head_dim <= 128 ? attend_rows<T, 16, f32 ? 8 : 4, true, false, false>
+                                    : attend_rows<T, 32, 8, !f32, false, false>;
+  if constexpr (!f32) {  // wider heads have no registers left for it
+    if (fuse && a.heads == a.kv_heads)
+      kernel = a.head_dim <= 64 ? attend_rows<T, 8, 4, true, true, true> : attend_rows<T, 16, 4, true, true, true>;
+    else if (fuse)
+      kernel = a.head_dim <= 64 ? attend_rows<T, 8, 4, true, true, false> : attend_rows<T, 16, 4, true, true, false>;
   }
   const int threads = a.head_dim > 128 || (f32 && a.head_dim > 64) ? 256 : 128;
-  // A full dependency: started beside its predecessor, this kernel made steps of one row differ from run to run (docs/performance.md).
-  Stream after = s;
-  after.dependent = false;
   for (; args.row0 < row + rows; args.row0 += scratch.rows) {
     const int count = std::min(scratch.rows, row + rows - args.row0), heads = a.kv_heads * count;
-    const int waves = heads <= s.sms ? 2 : 6;  // few rows: so that the next kernel can start; a block without a split ends at once
+    // few rows: one wave of blocks, so that the next kernel can start; a block without a split ends at once
+    const int waves = ready.counter && rows <= 8 ? 1 : heads <= s.sms ? 2 : 6;
     const int share = std::max(1, std::min(scratch.splits, waves * s.sms / heads));
-    launch(after, kernel, dim3(a.kv_heads, count, share), threads, 0, static_cast<T*>(out), static_cast<const T*>(qkv), static_cast<T*>(kv.k),
+    launch(s, kernel, dim3(a.kv_heads, count, share), threads, 0, static_cast<T*>(out), static_cast<const T*>(qkv), static_cast<T*>(kv.k),
            static_cast<T*>(kv.v), args);
+    args.ready = {};  // the next launch has the scratch of this one, and so waits for its end
   }
 }
 
@@ -298,15 +336,15 @@ void run(const Stream& s, void* out, const void* qkv, const KvLayer& kv, const S
 
 void attention_rows(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, int row, int T,
                     const AttentionShape& a, const AttentionScratch& scratch) {
-  if (act == DType::f32) return run<float>(s, out, qkv, kv, m, row, T, a, scratch, false, nullptr);
-  act == DType::f16 ? run<__half>(s, out, qkv, kv, m, row, T, a, scratch, false, nullptr) : run<__nv_bfloat16>(s, out, qkv, kv, m, row, T, a, scratch, false, nullptr);
+  if (act == DType::f32) return run<float>(s, out, qkv, kv, m, row, T, a, scratch, false, nullptr, {});
+  act == DType::f16 ? run<__half>(s, out, qkv, kv, m, row, T, a, scratch, false, nullptr, {}) : run<__nv_bfloat16>(s, out, qkv, kv, m, row, T, a, scratch, false, nullptr, {});
 }
 
 bool rope_attention_fits(DType act, const AttentionShape& a) { return act != DType::f32 && a.rope_dim % 16 == 0 && a.head_dim <= 128; }
 
 void rope_attention_rows(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const float2* angles, const StepMeta& m, int T,
-                         const AttentionShape& a, const AttentionScratch& scratch) {
-  act == DType::f16 ? run<__half>(s, out, qkv, kv, m, 0, T, a, scratch, true, angles) : run<__nv_bfloat16>(s, out, qkv, kv, m, 0, T, a, scratch, true, angles);
+                         const AttentionShape& a, const AttentionScratch& scratch, const Ready& ready) {
+  act == DType::f16 ? run<__half>(s, out, qkv, kv, m, 0, T, a, scratch, true, angles, ready) : run<__nv_bfloat16>(s, out, qkv, kv, m, 0, T, a, scratch, true, angles, ready);
 }
 
 }  // namespace codefuse::cuda

@@ -70,6 +70,7 @@ class CudaOps final : public Ops {
 
   // ---- step.cu
   void begin(const Batch& batch);
+  void run(const std::function<void()>& body);
   void fill_meta(const Batch& batch, int padded_rows, int ticket);
   void fill_edits(const Batch& batch, int padded_samples, int ticket);
   void run_recorded(int rows, const std::function<void()>& body);
@@ -83,6 +84,7 @@ class CudaOps final : public Ops {
   AttentionShape shape(const ModelConfig& c, int heads, int kv_heads) const;
   void prefill_attention(void* out, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads);
 
+  static constexpr int kReadyStride = 32;  // int32 from one counter to the next: a cache line each
   static constexpr size_t kTopBytes = size_t(kDecodeRows) * kTopTokens * 4;
   static constexpr size_t kResultBytes = kDecodeRows * 8 + 2 * kTopBytes;
 
@@ -110,6 +112,10 @@ class CudaOps final : public Ops {
   std::array<bool, 2> expected_top_{};                   // and whether they report their most likely tokens
   float2* angles_ = nullptr;
   SplitScratch split_;
+  int32_t* ready_counters_ = nullptr;
+  Ready ready_;                     // of ready_of_, until rope_attention() takes it
+  const void* ready_of_ = nullptr;
+  int ready_calls_ = 0;             // of this step
   PrefillScratch prefill_;
   AttentionScratch attention_;
   bool own_sequences_ = false;  // no decode row's sequence has another row in the step

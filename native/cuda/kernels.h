@@ -30,6 +30,7 @@ struct StepMeta {
   const uint32_t* masks = nullptr;          // [n, mask_words]
   const LogitEdit* edits = nullptr;
   const int4* tiles = nullptr;        // runs of at most kTileRows prefill rows: first row, rows, position, row of table
+  const int32_t* settled = nullptr;   // [T] tokens of the row's sequence whose K and V earlier steps stored; nullptr: 0
   const PageCopy* copies = nullptr;
   int max_pages = 0;
 };
@@ -49,6 +50,12 @@ struct SplitScratch {
   float* partial = nullptr;  // [2, SMs, kDecodeRows, kGroupRows], all bits set between launches
 };
 
+// How a kernel beside the streaming kernel learns that the latter's first output is stored.
+struct Ready {
+  int32_t* counter = nullptr;  // zero before the streaming kernel; nullptr: no such news
+  int expected = 0;            // its value when all is stored
+};
+
 // y[t] from x W^T + b for T <= kDecodeRows decode rows.
 struct DecodeInput {
   const void* x;  // [T, K], K a multiple of kChunkCols, 16-byte aligned
@@ -61,9 +68,10 @@ struct DecodeOutput {
   Epilogue epilogue;
 };
 void decode_linear(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const SplitScratch& scratch);
-// Two products in one launch, of the same format.
+// Two products in one launch, of the same format. ready: of out_a, whose rows are stored first.
 void decode_linear_pair(const Stream& s, DType act, int T, const DecodeInput& in_a, const DecodeOutput& out_a, const DecodeInput& in_b,
-                        const DecodeOutput& out_b, const SplitScratch& scratch);
+                        const DecodeOutput& out_b, const SplitScratch& scratch, const Ready& ready = {});
+int ready_count(int N);  // what Ready::expected is for an output of N columns
 // One output of two: x_a W_a^T + x_b W_b^T.
 void decode_linear_sum(const Stream& s, DType act, int T, const DecodeInput& in_a, const DecodeInput& in_b, const DecodeOutput& out,
                        const SplitScratch& scratch);
@@ -128,9 +136,10 @@ constexpr int kSplitTokens = 64;
 void attention_rows(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, int row, int T,
                     const AttentionShape& a, const AttentionScratch& scratch);
 // rope_store and attention_rows of rows [0, T) at once, the same bit for bit; every row of a sequence of its own, qkv left as it is.
+// ready: of qkv, which is else read when the kernel's predecessor has ended.
 bool rope_attention_fits(DType act, const AttentionShape& a);
 void rope_attention_rows(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const float2* angles, const StepMeta& m, int T,
-                         const AttentionShape& a, const AttentionScratch& scratch);
+                         const AttentionShape& a, const AttentionScratch& scratch, const Ready& ready = {});
 // What the host knows of a step's prefill rows and their sequences.
 struct PrefillRows {
   int tiles = 0;     // StepMeta::tiles

@@ -6,10 +6,10 @@ namespace codefuse::cuda {
 namespace {
 
 void run(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const DecodeInput* in_b, const DecodeOutput* out_b,
-         const SplitScratch& scratch) {
-  if (is_quantized(in.format)) return stream::product_quantized(s, act, T, in, out, in_b, out_b, scratch);
-  act == DType::f16 ? stream::product<Weights16<__half>>(s, act, T, in, out, in_b, out_b, scratch)
-                    : stream::product<Weights16<__nv_bfloat16>>(s, act, T, in, out, in_b, out_b, scratch);
+         const SplitScratch& scratch, const Ready& ready = {}) {
+  if (is_quantized(in.format)) return stream::product_quantized(s, act, T, in, out, in_b, out_b, scratch, ready.counter);
+  act == DType::f16 ? stream::product<Weights16<__half>>(s, act, T, in, out, in_b, out_b, scratch, ready.counter)
+                    : stream::product<Weights16<__nv_bfloat16>>(s, act, T, in, out, in_b, out_b, scratch, ready.counter);
 }
 
 }  // namespace
@@ -19,9 +19,11 @@ void decode_linear(const Stream& s, DType act, int T, const DecodeInput& in, con
 }
 
 void decode_linear_pair(const Stream& s, DType act, int T, const DecodeInput& in_a, const DecodeOutput& out_a, const DecodeInput& in_b,
-                        const DecodeOutput& out_b, const SplitScratch& scratch) {
-  run(s, act, T, in_a, out_a, &in_b, &out_b, scratch);
+                        const DecodeOutput& out_b, const SplitScratch& scratch, const Ready& ready) {
+  run(s, act, T, in_a, out_a, &in_b, &out_b, scratch, ready);
 }
+
+int ready_count(int N) { return int(groups_of(N)) * 16; }  // by row tiles
 
 void decode_linear_sum(const Stream& s, DType act, int T, const DecodeInput& in_a, const DecodeInput& in_b, const DecodeOutput& out,
                        const SplitScratch& scratch) {

@@ -81,7 +81,19 @@ void CudaOps::linear_pair(void* ya, const void* xa, const Linear& wa, const Acti
   const Epilogue ea{Store::act, fn_a ? int(*fn_a) : -1, wa.bias, ya}, eb{Store::act, fn_b ? int(*fn_b) : -1, wb.bias, yb};
   int first = 0;
   if (streams(xa, wa) && streams(xb, wb) && same_chunks(wa, wb)) {
-    decode_linear_pair(s_, act_, decode_rows_, input(xa, wa), {int(wa.weight.rows), ea}, input(xb, wb), {int(wb.weight.rows), eb}, split_);
+    // what comes next of ya is rope_attention(): it may begin when ya is stored
+    Stream stream = s_;
+    ready_ = {};
+    if (s_.dependent && ready_calls_ < config_.layers && own_sequences_ && rows_ == decode_rows_ &&
+        rope_attention_fits(act_, shape(config_, config_.heads, config_.kv_heads))) {
+      if (ready_calls_ == 0) {  // a waiting kernel may start several kernels early, but not before this
+        check(cudaMemsetAsync(ready_counters_, 0, size_t(config_.layers) * kReadyStride * sizeof(int32_t), s_.stream), "a step");
+        stream.dependent = false;
+      }
+      ready_ = {ready_counters_ + ready_calls_++ * kReadyStride, ready_count(int(wa.weight.rows))};
+      ready_of_ = ya;
+    }
+    decode_linear_pair(stream, act_, decode_rows_, input(xa, wa), {int(wa.weight.rows), ea}, input(xb, wb), {int(wb.weight.rows), eb}, split_, ready_);
     first = decode_rows_;
   }
   linear_rows(xa, wa, ea, first, decode_rows_, rows_);
@@ -145,7 +157,9 @@ void CudaOps::attention(void* out, const void* qkv, const KvLayer& kv, const Mod
 void CudaOps::rope_attention(void* out, void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) {
   const AttentionShape a = shape(c, heads, kv_heads);
   if (!decode_rows_ || !own_sequences_ || !rope_attention_fits(act_, a)) return Ops::rope_attention(out, qkv, kv, c, heads, kv_heads);
-  rope_attention_rows(s_, act_, out, qkv, kv, angles_, meta_, decode_rows_, a, attention_);
+  Ready ready;
+  if (ready_of_ == qkv) std::swap(ready, ready_);
+  rope_attention_rows(s_, act_, out, qkv, kv, angles_, meta_, decode_rows_, a, attention_, ready);
   if (rows_ == decode_rows_) return;
   StepMeta rest = meta_;
   rest.slot += decode_rows_, rest.position += decode_rows_, rest.sequence += decode_rows_;

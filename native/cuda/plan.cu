@@ -25,9 +25,9 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
   replay_ = replay;
   planned_ = true;
 
-  // staging: token, slot, position, sequence [rows] | logit_row, sample [samples], copies | table | tiles
+  // staging: token, slot, position, sequence, settled [rows] | logit_row, sample [samples], copies | table | tiles
   const size_t rows = aligned(size_t(limits.rows) * 4);
-  size_t at = 4 * rows;
+  size_t at = 5 * rows;
   const size_t logit_row_at = at, sample_at = at += aligned(kDecodeRows * 4), copies_at = at += aligned(kDecodeRows * sizeof(SampleParams));
   table_at_ = at += aligned(kDecodeRows * sizeof(PageCopy));
   tiles_at_ = at += aligned(size_t(limits.slots) * limits.max_pages() * 4);
@@ -38,6 +38,7 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
   meta_.slot = reinterpret_cast<int32_t*>(d + rows);
   meta_.position = reinterpret_cast<int32_t*>(d + 2 * rows);
   meta_.sequence = reinterpret_cast<int32_t*>(d + 3 * rows);
+  meta_.settled = reinterpret_cast<int32_t*>(d + 4 * rows);
   meta_.logit_row = reinterpret_cast<int32_t*>(d + logit_row_at);
   meta_.sample = reinterpret_cast<SampleParams*>(d + sample_at);
   meta_.copies = reinterpret_cast<PageCopy*>(d + copies_at);
@@ -70,6 +71,7 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
     const size_t parts = 2 * size_t(s_.sms) * kDecodeRows * kGroupRows;
     split_.partial = alloc_array<float>(parts);
     check(cudaMemsetAsync(split_.partial, 0xff, parts * sizeof(float), s_.stream), "planning");
+    ready_counters_ = alloc_array<int32_t>(size_t(c.layers) * kReadyStride);
   }
   if (quantized_ && act_ != DType::f32 && !s_.wgmma && replay) {
     expanded_bytes_ = std::max({tile_bytes(c.qkv_rows(), c.hidden), tile_bytes(c.intermediate, c.hidden), tile_bytes(c.hidden, c.intermediate),

@@ -26,13 +26,19 @@ void CudaOps::fill_meta(const Batch& b, int padded, int ticket) {
   auto* slot = reinterpret_cast<int32_t*>(host(meta_.slot));
   auto* position = reinterpret_cast<int32_t*>(host(meta_.position));
   auto* sequence = reinterpret_cast<int32_t*>(host(meta_.sequence));
+  auto* settled = reinterpret_cast<int32_t*>(host(meta_.settled));
   auto* logit_row = reinterpret_cast<int32_t*>(host(meta_.logit_row));
   auto* sample = reinterpret_cast<SampleParams*>(host(meta_.sample));
   std::vector<int> table_of(size_t(limits_.slots), 0);
   for (size_t i = 0; i < b.table_slot.size(); ++i) table_of[size_t(b.table_slot[i])] = int(i);
+  std::vector<int> stored(size_t(limits_.slots), INT32_MAX);  // the first token of each sequence that this step stores
+  for (int t = 0; t < b.rows(); ++t) stored[size_t(b.slot[t])] = std::min(stored[size_t(b.slot[t])], b.position[t]);
+  for (int t = 0; t < b.rows(); ++t) settled[t] = stored[size_t(b.slot[t])];
+  if (!b.copies.empty())  // what is copied lies in the page of the first token stored
+    for (int t = 0; t < b.rows(); ++t) settled[t] -= settled[t] % kPageTokens;
   std::copy(b.copies.begin(), b.copies.end(), reinterpret_cast<PageCopy*>(host(meta_.copies)));
   for (int t = 0; t < b.rows(); ++t) token[t] = b.token[t], slot[t] = b.slot[t], position[t] = b.position[t], sequence[t] = table_of[b.slot[t]];
-  for (int t = b.rows(); t < padded; ++t) token[t] = 0, slot[t] = -1, position[t] = 0, sequence[t] = 0;
+  for (int t = b.rows(); t < padded; ++t) token[t] = 0, slot[t] = -1, position[t] = 0, sequence[t] = 0, settled[t] = 0;
   for (int i = 0; i < b.samples(); ++i) logit_row[i] = b.logit_row[i], sample[i] = b.sample[i];
   if (padded > b.rows())
     for (int i = b.samples(); i < padded; ++i) logit_row[i] = i, sample[i] = SampleParams{};
@@ -105,7 +111,7 @@ void CudaOps::step(const Batch& batch, int ticket, const std::function<void()>& 
     rows_ = decode_rows_ = samples_ = padded;
     run_recorded(padded, body);
   } else {
-    body();
+    run(body);
   }
   expected_[ticket] = batch.samples();
   expected_top_[ticket] = passes_.top;
@@ -114,11 +120,17 @@ void CudaOps::step(const Batch& batch, int ticket, const std::function<void()>& 
   turn.end();
 }
 
+void CudaOps::run(const std::function<void()>& body) {
+  ready_ = {};
+  ready_calls_ = 0;
+  body();
+}
+
 cudaGraphExec_t CudaOps::record(const std::function<void()>& body) {
   cudaGraph_t graph = nullptr;
   check(cudaStreamBeginCapture(s_.stream, cudaStreamCaptureModeThreadLocal), "recording a step");
   try {
-    body();
+    run(body);
   } catch (...) {
     cudaStreamEndCapture(s_.stream, &graph);
     if (graph) cudaGraphDestroy(graph);
@@ -135,7 +147,7 @@ cudaGraphExec_t CudaOps::record(const std::function<void()>& body) {
 // The first step of a kind runs as it is, which also loads its kernels; the second is recorded.
 void CudaOps::run_recorded(int rows, const std::function<void()>& body) {
   Recording& r = recordings_[{rows, passes_}];
-  if (r.seen++ == 0) return body();
+  if (r.seen++ == 0) return run(body);
   if (!r.graph) r.graph = record(body);
   check(cudaGraphLaunch(r.graph, s_.stream), "replaying a step");
 }
@@ -144,7 +156,7 @@ std::vector<double> CudaOps::time(const Batch& batch, int repeats, const std::fu
   begin(batch);
   fill_meta(batch, rows_, 0);
   Turns::Turn turn(*turns_, s_.stream, done_[0]);
-  body();
+  run(body);
   const std::unique_ptr<CUgraphExec_st, decltype(&cudaGraphExecDestroy)> graph(record(body), cudaGraphExecDestroy);
   std::vector<std::unique_ptr<CUevent_st, decltype(&cudaEventDestroy)>> events;
   for (int i = 0; i <= repeats; ++i) {

@@ -54,6 +54,7 @@ struct Args {
   int T;
   Source source[2];
   float* partial;       // [2, blocks, kPart], by output
+  int32_t* ready;       // nullptr, or where a warp adds 1 for the rows of output 0 it has stored
   Output output[2];
   CUtensorMap map[2];   // of x, boxes of 8 NG rows
 };

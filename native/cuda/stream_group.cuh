@@ -153,6 +153,7 @@ __device__ __forceinline__ void finish(const Args& a, float (&acc)[kTiles<NG>][N
 #pragma unroll
       for (int q = 0; q < 4; ++q) acc[i][j][q] = 0.f;
   __syncwarp();
+  if (a.ready && mine && at.output == 0 && lane == 0) asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(a.ready), "n"(kTiles<NG>) : "memory");
 }
 
 }  // namespace codefuse::cuda::stream

@@ -5,8 +5,8 @@
 // On Hopper the ring is filled with weights before the kernel waits for its predecessor.
 //
 // One launch has one or two outputs (each a matrix of its own) or one output whose K comes from two sources (x and matrix each). Of
-// two outputs every block has its share of the first, then its share of the second. W (weights.cuh) says how weights lie in a chunk and
-// become fragments.
+// two outputs every block has its share of the first, then its share of the second: the first is complete early, and says so
+// (Ready), so that what needs only it runs beside the second. W (weights.cuh) says how weights lie in a chunk and become fragments.
 #pragma once
 #include <climits>
 
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : kWarps<NG> * 32 + 32
   const int count = int(a.by_blocks((a.chunks[0] + a.chunks[1]) * (blockIdx.x + 1)) - a.by_blocks((a.chunks[0] + a.chunks[1]) * blockIdx.x));
   float acc[kTiles<NG>][NG][4] = {}, row_scale[kTiles<NG>][2] = {};
 
-  // Consumers: chunks of one group and one source at a time; take() waits for one, give_back() has read it.
+  // Consumers: chunks of one group and one source at a time; take() waits for one, give_back() has asked for all of it.
   const auto consume = [&](const auto& take, const auto& give_back) {
     const int after[2] = {blocks_after(a, 0), a.chunks[1] ? blocks_after(a, 1) : 0};
     int left = count, first_step = at.step;
@@ -110,7 +110,8 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : kWarps<NG> * 32 + 32
   };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  __shared__ __align__(8) uint64_t full[kStages], empty[kStages];
+  __shared__ __align__(8) uint64_t full[2 * kStages];
+  uint64_t* const empty = full + kStages;
   const auto fetch_weights = [&](const Cursor& c, int s) {
     const Source& from = a.source[c.source(a)];
     barrier_expect(&full[s], W::kBytes + kXBytes);
@@ -144,18 +145,25 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : kWarps<NG> * 32 + 32
     }
     return;
   }
-  const uint32_t full_at = shared_address(full), empty_at = shared_address(empty);
+  uint32_t full_at = shared_address(full);
+  asm volatile("" : "+r"(full_at));  // kept; else computed for every chunk
   const int stages = a.stages;
   uint32_t parity = 0;
+  uint32_t read = 0;  // where the stage before this one is given back
+  // A stage is given back when the next chunk is taken: by then its last fragments have been multiplied, so they have come. An arrival right
+  // behind the loads overtakes them, and beside a block whose loads miss (attention) they stayed behind for longer than a copy takes.
   struct {
-    const uint32_t &full_at, &parity;
+    const uint32_t &full_at, &read, &parity;
     const int& stage;
     __device__ __forceinline__ void begin() const { grid_wait(); }
-    __device__ __forceinline__ void operator()() const { barrier_wait(full_at + stage * 8, parity); }
-  } take{full_at, parity, stage};
+    __device__ __forceinline__ void operator()() const {
+      __syncwarp();
+      if (read && threadIdx.x % 32 == 0) barrier_arrive(read);
+      barrier_wait(full_at + stage * 8, parity);
+    }
+  } take{full_at, read, parity, stage};
   consume(take, [&] {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(empty_at + stage * 8);
+    read = full_at + (kStages + stage) * 8;
     if (++stage == stages) stage = 0, parity ^= 1;
   });
 #else
@@ -235,7 +243,7 @@ Source source(const DecodeInput& in, int N) {
 // b: nullptr, or a second product (out_b given) or a second part of K
 template <class W>
 void product(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const DecodeInput* in_b, const DecodeOutput* out_b,
-             const SplitScratch& scratch) {
+             const SplitScratch& scratch, int32_t* ready = nullptr) {
   Args a{};
   a.T = T;
   a.partial = scratch.partial;
@@ -252,11 +260,12 @@ void product(const Stream& s, DType act, int T, const DecodeInput& in, const Dec
   a.in_turn = first >= blocks && (first + second) / blocks > (first + blocks - 1) / blocks;
   a.by_blocks = Divider(uint32_t(blocks));
   for (int o = 0; o < 2; ++o) a.by_steps[o] = Divider(uint32_t(std::max(1, a.steps[o])));
+  a.ready = ready;
   stream_rows<W>(s, act, a);
 }
 
 // The formats of linear_decode_quantized.cu; both inputs have the same.
 void product_quantized(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const DecodeInput* in_b,
-                       const DecodeOutput* out_b, const SplitScratch& scratch);
+                       const DecodeOutput* out_b, const SplitScratch& scratch, int32_t* ready);
 
 }  // namespace codefuse::cuda::stream
