@@ -235,7 +235,7 @@ def test_sums_and_gathering(both, n):
 ATTENTION = [dict(heads=4, kv_heads=4, head_dim=64, rope_dim=64), dict(heads=4, kv_heads=1, head_dim=128, rope_dim=32),
              dict(heads=6, kv_heads=2, head_dim=80, rope_dim=20), dict(heads=2, kv_heads=2, head_dim=8, rope_dim=2),
              dict(heads=2, kv_heads=1, head_dim=256, rope_dim=256), dict(heads=4, kv_heads=2, head_dim=64, rope_dim=16, window=70),
-             dict(heads=3, kv_heads=3, head_dim=128, rope_dim=0, window=1)]
+             dict(heads=3, kv_heads=3, head_dim=128, rope_dim=0, window=1), dict(heads=24, kv_heads=2, head_dim=128, rope_dim=64)]
 
 
 def cache(rng, shape, pages):
@@ -338,7 +338,7 @@ def test_copy_pages(dtype, layers, kv_heads, head_dim):
 
 FAR = [dict(heads=4, kv_heads=4, head_dim=128, rope_dim=32), dict(heads=8, kv_heads=1, head_dim=64, rope_dim=64),
        dict(heads=6, kv_heads=2, head_dim=128, rope_dim=128, window=1500), dict(heads=3, kv_heads=1, head_dim=96, rope_dim=0),
-       dict(heads=1, kv_heads=1, head_dim=256, rope_dim=64)]
+       dict(heads=1, kv_heads=1, head_dim=256, rope_dim=64), dict(heads=20, kv_heads=1, head_dim=64, rope_dim=16)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

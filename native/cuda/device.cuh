@@ -29,6 +29,7 @@ struct Stream {
   int carveout = 100;
   int sms = 0;          // multiprocessors
   int shared_max = 0;   // bytes of shared memory one block may have
+  int beside = 0;       // of a block of attention that is to have room beside the streaming kernel's, with what the system takes of a block
   bool bulk_copy = false;  // cp.async.bulk and mbarriers (9.0)
   bool wgmma = false;      // warpgroup matrix instructions (9.0a)
 };
@@ -163,6 +164,9 @@ __device__ __forceinline__ void ldmatrix4(uint32_t (&r)[4], uint32_t p) {
 }
 __device__ __forceinline__ void ldmatrix4(uint32_t (&r)[4], const void* p) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory");
+}
+__device__ __forceinline__ void ldmatrix4_trans(uint32_t (&r)[4], uint32_t p) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(p));
 }
 __device__ __forceinline__ void ldmatrix4_trans(uint32_t (&r)[4], const void* p) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)) : "memory");

@@ -128,16 +128,17 @@ void rope_store(const Stream& s, DType act, void* qkv, const KvLayer& kv, const 
 
 struct AttentionScratch {
   float* partial = nullptr;    // [rows, heads, splits, head_dim + 2]
-  int32_t* arrived = nullptr;  // [rows, kv_heads], zero between launches
+  int32_t* arrived = nullptr;  // [rows, heads], zero between launches
   int rows = 0, splits = 0;
 };
 constexpr int kSplitTokens = 64;
-// One row at a time, its positions in splits of kSplitTokens combined in order; rows [row, row + T).
+// One row at a time, its positions in splits of kSplitTokens; rows [row, row + T).
 void attention_rows(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, int row, int T,
                     const AttentionShape& a, const AttentionScratch& scratch);
 // rope_store and attention_rows of rows [0, T) at once, the same bit for bit; every row of a sequence of its own, qkv left as it is.
 // ready: of qkv, which is else read when the kernel's predecessor has ended.
 bool rope_attention_fits(DType act, const AttentionShape& a);
+int rope_attention_shared(const AttentionShape& a);  // bytes of shared memory that a block has
 void rope_attention_rows(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const float2* angles, const StepMeta& m, int T,
                          const AttentionShape& a, const AttentionScratch& scratch, const Ready& ready = {});
 // What the host knows of a step's prefill rows and their sequences.

@@ -67,6 +67,7 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
   angles_ = alloc_array<float2>(angles.size());
   upload(angles_, angles.data(), angles.size() * sizeof(float2));
 
+  if (s_.dependent && rope_attention_fits(act_, shape(c, c.heads, c.kv_heads))) s_.beside = 1024 + rope_attention_shared(shape(c, c.heads, c.kv_heads));
   if (act_ != DType::f32) {
     const size_t parts = 2 * size_t(s_.sms) * kDecodeRows * kGroupRows;
     split_.partial = alloc_array<float>(parts);
@@ -86,7 +87,7 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
   const size_t row_floats = size_t(c.heads) * attention_.splits * (c.head_dim + 2);
   attention_.rows = int(std::max<size_t>(1, std::min<size_t>(std::min(kDecodeRows, limits.rows), kAttentionScratch / (row_floats * 4))));
   attention_.partial = alloc_array<float>(row_floats * attention_.rows);
-  attention_.arrived = alloc_array<int32_t>(size_t(attention_.rows) * c.kv_heads);
+  attention_.arrived = alloc_array<int32_t>(size_t(attention_.rows) * c.heads);
   sampling_.best = alloc_array<unsigned long long>(kDecodeRows * kSampleParts);
   sampling_.sum = alloc_array<float>(kDecodeRows * kSampleParts);
   sampling_.arrived = alloc_array<int32_t>(kDecodeRows);

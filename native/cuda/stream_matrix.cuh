@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : kWarps<NG> * 32 + 32
 template <class W, int NG>
 void launch_stream(const Stream& s, DType act, Args& a) {
   const int stage_bytes = W::kBytes + W::kCols / 64 * NG * kXTile;
-  a.stages = std::min((s.shared_max - 2048 - (s.bulk_copy ? kStashFloats<NG> * 4 : 0)) / stage_bytes, s.bulk_copy ? kStages : 4);
+  a.stages = std::min((s.shared_max - s.beside - 2048 - (s.bulk_copy ? kStashFloats<NG> * 4 : 0)) / stage_bytes, s.bulk_copy ? kStages : 4);
   if (a.stages < 2) throw DeviceError(cat("CUDA: this device's ", s.shared_max, " bytes of shared memory per block are too few"));
   if (s.bulk_copy)
     for (int i = 0; i < 2; ++i)
