@@ -130,6 +130,20 @@ def test_no_perf_analyzer(capfd: pytest.CaptureFixture[str], monkeypatch: pytest
     assert "pip install 'tritonclient==2.51.0'" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("export, own_code, code", [('{"a": [1, 2]}', 0, 0), ('{"a": [1, ', 0, 1), ("", 0, 1), ('{"a": [1, ', 7, 7)])
+@pytest.mark.parametrize("option", ["--profile-export-file {}", "--profile-export-file={}"])
+def test_an_export_that_is_not_whole(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, export: str, own_code: int, code: int,
+                                     option: str) -> None:
+    file, binary = tmp_path / "export.json", tmp_path / "perf_analyzer"
+    binary.write_text(f"#!/bin/sh\nprintf '%s' '{export}' > {file}\nexit {own_code}\n")
+    binary.chmod(0o755)
+    tool = importlib.import_module("perf_analyzer")
+    monkeypatch.setattr(tool, "find_binary", lambda: binary)
+    monkeypatch.setattr(sys, "argv", ["perf_analyzer.py", "-m", "ensemble", *option.format(file).split()])
+    assert tool.main() == code
+    assert ("export.json is not whole" in capfd.readouterr().err) == (code == 1)
+
+
 @pytest.mark.parametrize("program, arguments, said", CALLS, ids=[f"{p} {a}" for p, a, _ in CALLS])
 def test_one_line(made: dict[str, str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, program: str, arguments: str, said: str) -> None:
     monkeypatch.setattr(sys, "argv", [program])
