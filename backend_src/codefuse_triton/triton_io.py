@@ -214,11 +214,11 @@ class GeneratorModel:
         self._exclude_input = settings.pop("exclude_input_in_output") == "true"
         responses_per_s = settings.pop("responses_per_s")
         self._inputs = [t.name for t in contract.MODEL[contract.GENERATOR].inputs]
-        engine = Engine(weights, **settings)
-        _log(f"generator: {weights} on {engine.device}, {engine.dtype}, max_len {engine.max_len}")
+        self._engine = Engine(weights, **settings)
+        _log(f"generator: {weights} on {self._engine.device}, {self._engine.dtype}, max_len {self._engine.max_len}")
         name = args["model_name"]
         self._metrics = _Metrics(name, args["model_version"])
-        self._service = Service(engine, responses_per_s=responses_per_s, server_pid=os.getppid(), name=name, on_stats=self._metrics.update)
+        self._service = Service(self._engine, responses_per_s=responses_per_s, server_pid=os.getppid(), name=name, on_stats=self._metrics.update)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -253,6 +253,8 @@ class GeneratorModel:
     def finalize(self) -> None:
         self._service.close()
         self._metrics.close()
+        ended = ", ".join(f"{count} {reason}" for reason, count in self._engine.stats()["finished"].items() if count)
+        _log(f"generator: process {os.getpid()} goes; its requests ended: {ended or 'none came'}")
 
 
 def _valid_utf8(text: bytes) -> bytes:

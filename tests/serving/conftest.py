@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Callable, Iterator
 
 import pytest
 from codefuse_triton_client import Client
-from serving_helpers import ROOT, make_repository, make_server, wait_idle
+from serving_helpers import ROOT, SLOW, make_repository, make_server, wait_idle
 
 from codefuse_triton.triton_server import StartError, TritonServer, find_server
 
@@ -30,9 +31,20 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def session_server(repository: Path) -> Iterator[TritonServer]:
+    server = make_server(repository)
+    try:
+        server.start()
+        server.wait_ready()
+        yield server
+    finally:
+        server.stop(drain_s=0, grace_s=1)  # streams whose clients went in every way hold it longer
+
+
 @pytest.fixture(scope="session")
 def shared_server(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    with make_server(make_repository(tmp_path_factory.mktemp("shared") / "models", weights)) as server:
+    with session_server(make_repository(tmp_path_factory.mktemp("shared") / "models", weights)) as server:
         yield server
 
 
@@ -41,6 +53,19 @@ def server(shared_server: TritonServer) -> Iterator[TritonServer]:
     """One server for all tests; a test must leave it idle."""
     yield shared_server
     wait_idle(shared_server)
+
+
+@pytest.fixture(scope="session")
+def shared_slow_server(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    with session_server(make_repository(tmp_path_factory.mktemp("slow") / "models", weights, **SLOW)) as server:
+        yield server
+
+
+@pytest.fixture
+def slow_server(shared_slow_server: TritonServer) -> Iterator[TritonServer]:
+    """Another one, for what has to be there for a while; the first may compute on a GPU."""
+    yield shared_slow_server
+    wait_idle(shared_slow_server)
 
 
 @pytest.fixture

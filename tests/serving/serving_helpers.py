@@ -19,7 +19,8 @@ from codefuse_triton.triton_server import TritonServer
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPT = "def read_lines(path):\n"
-LONG = dict(max_tokens=1500, ignore_eos=True)  # many seconds of tokens: what ends earlier was ended
+SLOW = dict(device="cpu", threads=1)  # settings with which
+LONG = dict(max_tokens=2000, ignore_eos=True)  # is many seconds of tokens on any machine: what ends earlier was ended
 NUMPY = {"BOOL": np.bool_, "INT32": np.int32, "FP32": np.float32, "UINT64": np.uint64, "INT64": np.int64}
 
 

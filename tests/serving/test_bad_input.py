@@ -1,11 +1,13 @@
 """What is wrong is refused with the field, the value and the limit, and nobody else notices."""
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from codefuse_triton_client import Client, InvalidRequest
-from serving_helpers import LONG, PROMPT, PlainStream, generate, post, tensor, wait_idle
+from serving_helpers import PROMPT, PlainStream, generate, post, tensor, wait_idle
 from tritonclient.utils import InferenceServerException
 
 from codefuse_triton.triton_server import TritonServer
@@ -52,13 +54,22 @@ REFUSED = [  # fields of a generate request, what the message says
 
 @pytest.fixture(scope="module", autouse=True)
 def neighbour(shared_server: TritonServer) -> Any:
-    """A stream that lives through all of it."""
-    with Client(shared_server.grpc_url) as client:
-        stream = client.stream(PROMPT, **LONG)
-        next(stream)
+    """Somebody whose requests go on through all of it, and have the text that they had before."""
+    texts: list[str] = []
+    done = threading.Event()
+
+    def run() -> None:
+        while not done.is_set():
+            with client.stream(PROMPT, max_tokens=40) as stream:
+                texts.append("".join(chunk.text for chunk in stream))
+
+    with Client(shared_server.grpc_url) as client, ThreadPoolExecutor() as pool:
+        expected = client.complete(PROMPT, max_tokens=40).text
+        running = pool.submit(run)
         yield
-        next(stream)
-        stream.close()
+        done.set()
+        running.result(timeout=20)
+    assert texts and set(texts) == {expected}
     wait_idle(shared_server)
 
 

@@ -20,6 +20,11 @@ STREAM_INPUTS = [tensor("max_tokens", "INT32", [LONG["max_tokens"]]), tensor("ig
 SOURCE = {"ensemble": tensor("text_input", "BYTES", [PROMPT.encode()]), "generator": tensor("input_ids", "INT32", list(range(300, 320)))}
 
 
+@pytest.fixture
+def server(slow_server: TritonServer) -> TritonServer:
+    return slow_server
+
+
 @pytest.fixture(autouse=True)
 def counted(server: TritonServer) -> Any:
     """Each test cancels what it starts, and the server says so."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from codefuse_triton_client import Client
-from serving_helpers import PROMPT, ROOT, free_ports, wait_busy, wait_idle
+from serving_helpers import LONG, PROMPT, ROOT, free_ports, wait_busy, wait_idle
 
 from codefuse_triton.triton_server import TritonServer
 
@@ -57,14 +57,14 @@ def test_errors(server: TritonServer) -> None:
     assert result.returncode == 1 and b"UNAVAILABLE" in result.stderr and b"Traceback" not in result.stderr
 
 
-def test_ctrl_c_cancels(server: TritonServer) -> None:
-    process = subprocess.Popen([sys.executable, "-m", "codefuse_triton_client.cli", "--url", server.grpc_url, PROMPT, "--max-tokens",
-                                "1500", "--ignore-eos"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    wait_busy(server)
+def test_ctrl_c_cancels(slow_server: TritonServer) -> None:
+    process = subprocess.Popen([sys.executable, "-m", "codefuse_triton_client.cli", "--url", slow_server.grpc_url, PROMPT, "--max-tokens",
+                                str(LONG["max_tokens"]), "--ignore-eos"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    wait_busy(slow_server)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=10)
     assert process.returncode == 130 and b"Traceback" not in errors
-    wait_idle(server)
+    assert wait_idle(slow_server) < 1
 
 
 def test_perf_analyzer_streams(server: TritonServer, tmp_path: Path) -> None:

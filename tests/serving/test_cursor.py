@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from codefuse_triton_client import Client, InvalidRequest
-from serving_helpers import PlainStream, generate, generate_stream, tensor
+from serving_helpers import LONG, PlainStream, generate, generate_stream, tensor
 
 from codefuse_triton import Vocab
 from codefuse_triton.triton_server import TritonServer
@@ -98,6 +98,6 @@ def test_where_code_is_complete(client: Client, server: TritonServer) -> None:
 
 
 def test_time_is_limited(client: Client) -> None:
-    result = client.complete("x = [", max_tokens=1500, ignore_eos=True, max_time_ms=150)
-    assert result.finish_reason == "time" and 0 < result.num_output_tokens < 1500
+    result = client.complete("x = [", **LONG, max_time_ms=150)
+    assert result.finish_reason == "time" and 0 < result.num_output_tokens < LONG["max_tokens"]
     assert result.timings.prefill_s + result.timings.decode_s + result.timings.queue_s < 0.6

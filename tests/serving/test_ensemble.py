@@ -5,11 +5,12 @@ import asyncio
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from codefuse_triton_client import AsyncClient, Client, Result
-from serving_helpers import PROMPT, PlainStream, generate, generate_stream, post, tensor, wait_idle
+from serving_helpers import LONG, PROMPT, PlainStream, generate, generate_stream, metrics, post, tensor, wait_busy, wait_idle, wait_until
 
 from codefuse_triton import Vocab
 from codefuse_triton.triton_server import TritonServer
@@ -121,15 +122,25 @@ def test_beams(server: TritonServer, client: Client) -> None:
     with client.stream(PROMPT, n=2, beam_width=6, max_tokens=20, ignore_eos=True) as stream:
         assert [(c.sequence_index, c.text) for c in stream] == [(i, texts[i].text) for i in range(2)]
     assert generate(server, text_input=PROMPT, max_tokens=20, beam_width=6, ignore_eos=True)["text_output"] == texts[0].text
-    with client.stream(PROMPT, beam_width=8, max_tokens=1000, ignore_eos=True):
-        pass  # leaving before the end
-    wait_idle(server)
 
 
-def test_leaving_several_answers_frees_all_places(server: TritonServer, client: Client) -> None:
-    with client.stream(PROMPT, n=6, max_tokens=1500, temperature=1.0, ignore_eos=True) as stream:
-        next(stream)
-    wait_idle(server)
+def test_leaving_on_any_device(server: TritonServer, client: Client) -> None:
+    """test_cancel.py has every way to leave, on the CPU; a GPU has finished LONG in a third of a second."""
+    before = metrics(server).get("finished_cancelled", 0)
+    for _ in range(8):
+        with client.stream(PROMPT, **LONG) as stream:
+            next(stream)
+    assert wait_idle(server) < 1
+    wait_until(lambda: metrics(server).get("finished_cancelled", 0) >= before + 6, 2, "nearly all have been cancelled")
+
+
+@pytest.mark.parametrize("options", [dict(n=6, temperature=1.0), dict(beam_width=8)], ids=["answers", "beams"])
+def test_leaving_several_answers_frees_all_places(slow_server: TritonServer, options: dict[str, Any]) -> None:
+    with Client(slow_server.grpc_url) as client, client.stream(PROMPT, **LONG, **options) as stream:
+        if "n" in options:
+            next(stream)  # beams say nothing before their end
+        wait_busy(slow_server, 6)
+    assert wait_idle(slow_server) < 1
 
 
 def test_top_log_probs(server: TritonServer, client: Client, weights: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Callable
 
 import pytest
 from codefuse_triton_client import Client, CompletionError
-from serving_helpers import LONG, PROMPT, ROOT, PlainStream, free_ports, make_repository, metrics, tensor, wait_until
+from serving_helpers import LONG, PROMPT, ROOT, SLOW, PlainStream, free_ports, make_repository, metrics, tensor, wait_until
 
 from codefuse_triton.triton_server import StartError, TritonServer
 
@@ -82,7 +82,7 @@ def test_settings_are_used(start: Start) -> None:
 
 def test_overload(start: Start) -> None:
     """A full queue refuses at once and says so; what was accepted is served."""
-    server = start(slots=1, queue=2)
+    server = start(slots=1, queue=2, **SLOW)
     with Client(server.grpc_url) as client:
         first = client.stream(PROMPT, **LONG)
         next(first)
@@ -108,10 +108,10 @@ def test_port_in_use(start: Start, weights: Path, tmp_path: Path) -> None:
 
 
 def test_drain_lets_requests_finish_and_refuses_new_ones(start: Start) -> None:
-    server = start()
+    server = start(**SLOW)
     pid = server.pid
     with Client(server.grpc_url) as client:
-        running = client.stream(PROMPT, max_tokens=120, ignore_eos=True)
+        running = client.stream(PROMPT, max_tokens=400, ignore_eos=True)
         next(running)
         idle = PlainStream(server, "ensemble", [tensor("text_input", "BYTES", [b"a"]), tensor("max_tokens", "INT32", [1])])
         list(idle)  # its stream stays open
@@ -123,7 +123,7 @@ def test_drain_lets_requests_finish_and_refuses_new_ones(start: Start) -> None:
         assert error.value.code == "UNAVAILABLE"
         for _ in running:
             pass
-        assert running.result.num_output_tokens == 120
+        assert running.result.num_output_tokens == 400
         stopping.join(25)
         idle.close()
     assert not stopping.is_alive() and not Path(f"/proc/{pid}").exists()
@@ -131,7 +131,7 @@ def test_drain_lets_requests_finish_and_refuses_new_ones(start: Start) -> None:
 
 def test_serve_tool_drains_on_sigterm(weights: Path, tmp_path: Path) -> None:
     """tools/serve.py: a stream that does not end in time gets a clear error; process, files and shared memory are gone."""
-    repository = make_repository(tmp_path / "models", weights)
+    repository = make_repository(tmp_path / "models", weights, **SLOW)
     http_port, grpc_port, metrics_port = free_ports(3)
     process = subprocess.Popen(
         [sys.executable, ROOT / "tools" / "serve.py", "--repository", repository, "--http-port", str(http_port), "--grpc-port",

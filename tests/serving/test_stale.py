@@ -10,7 +10,7 @@ from typing import Any, Callable
 
 import pytest
 from codefuse_triton_client import Client
-from serving_helpers import LONG, PROMPT, PlainStream, generate, metrics, post, tensor, wait_until
+from serving_helpers import LONG, PROMPT, SLOW, PlainStream, generate, metrics, post, tensor, wait_until
 
 from codefuse_triton.triton_server import TritonServer
 
@@ -49,14 +49,15 @@ def test_usage(server: TritonServer, client: Client) -> None:
 
 
 @pytest.mark.parametrize("model", ["ensemble", "generator"])
-def test_a_newer_request_ends_the_stale_one(server: TritonServer, client: Client, model: str) -> None:
+def test_a_newer_request_ends_the_stale_one(slow_server: TritonServer, model: str) -> None:
     source = {"ensemble": tensor("text_input", "BYTES", [PROMPT.encode()]), "generator": tensor("input_ids", "INT32", list(range(300, 320)))}[model]
     inputs = [source, tensor("max_tokens", "INT32", [LONG["max_tokens"]]), tensor("ignore_eos", "BOOL", [True]), tensor("stream", "BOOL", [True]),
               tensor("session", "BYTES", [b"editor 7"])]
-    stale = PlainStream(server, model, inputs)
+    stale = PlainStream(slow_server, model, inputs)
     responses = iter(stale)
     next(responses)
-    newer = client.complete(PROMPT + "    for", max_tokens=5, ignore_eos=True, session="editor 7")
+    with Client(slow_server.grpc_url) as client:
+        newer = client.complete(PROMPT + "    for", max_tokens=5, ignore_eos=True, session="editor 7")
     assert newer.finish_reason == "length"
     last = [outputs(r) for r in responses][-1]
     assert last["finish_reason"] == [b"cancelled"] and last["num_output_tokens"][0] < LONG["max_tokens"]
@@ -65,7 +66,7 @@ def test_a_newer_request_ends_the_stale_one(server: TritonServer, client: Client
 
 def test_before_the_first_token(start: Callable[..., TritonServer]) -> None:
     """One slot, taken: what waits ends when it is stale or too late, and the server says so to every kind of client."""
-    server = start(slots=1)
+    server = start(slots=1, **SLOW)
     with Client(server.grpc_url) as client:
         running = client.stream(PROMPT, session="a", **LONG)
         next(running)

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -118,7 +119,7 @@ def test_a_version_is_loaded_anew(weights: Path, tmp_path: Path) -> None:
     config = repository / "m_generator" / "config.pbtxt"
     with make_server(repository, "--model-control-mode=explicit", "--load-model=m") as server, Client(server.grpc_url, model="m") as client:
         for slots in range(2, 8):
-            old = client.stream(PROMPT, max_tokens=2000, ignore_eos=True)
+            old = client.stream(PROMPT, **LONG)
             next(old)
             text = config.read_text()
             config.write_text(text.replace(f'"slots", value: {{ string_value: "{slots - 1}"', f'"slots", value: {{ string_value: "{slots}"'))
@@ -126,8 +127,10 @@ def test_a_version_is_loaded_anew(weights: Path, tmp_path: Path) -> None:
             code, body = post(server, "/v2/repository/models/m_generator/load", {}, timeout_s=60)
             assert code == 200, body
             assert client.complete(PROMPT, max_tokens=4).num_output_tokens == 4
-            old.close()  # it is cancelled; to its end it would take longer
-            wait_until(lambda: len(stubs(server)) == 3, 4, "the old process has gone")
+            old.close()
+            wait_until(lambda: len(stubs(server)) == 3, 30, "the old process has gone")
+            ends = re.findall(r"its requests ended: (.*)", server.log.read_text(errors="replace"))
+            assert len(ends) == slots - 1 and "1 cancelled" in ends[-1], ends  # not what it would have said at its length
             client.complete(PROMPT, max_tokens=4)
             wait_until(lambda: metrics_by_version(server, "finished", "m_generator") == {"1": 2}, 5, "two have finished in the new one")
             assert metrics_by_version(server, "slots", "m_generator") == {"1": slots} and metrics_by_version(server, "running", "m_generator") == {"1": 0}
