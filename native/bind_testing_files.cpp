@@ -1,10 +1,11 @@
-// Files that are read and checked, for tests/test_checksums.py.
+// Files that are read and checked, for tests/test_checksums.py and tests/test_weights.py.
 #include "bind_testing.h"
 
 #include <pybind11/stl.h>
 
 #include "core/checksums.h"
 #include "core/xxh3.h"
+#include "model/fits.h"
 
 namespace py = pybind11;
 using namespace codefuse;
@@ -56,6 +57,8 @@ void bind_testing_files(py::module_& m) {
   using namespace py::literals;
   m.def("hash_kernels", &hash_kernels, "Instruction sets that checksums can use here, best first.");
   m.def("xxh3_64", &hash_by, "kernels"_a, "data"_a, "XXH3 by one of hash_kernels().");
+  m.def("check_fits", [](const std::string& directory, const std::string& dtype) { check_fits(Weights(directory), parse_dtype(dtype)); }, "weights"_a, "dtype"_a,
+        "LoadError for a weight that dtype cannot hold.");
   py::class_<TestVerification>(m, "Verification", "The files of a weights directory, read and held to their checksums as by a device that uploads them.")
       .def(py::init<const std::string&, int, size_t>(), "weights"_a, "threads"_a, "ahead_bytes"_a = size_t(64) << 20)
       .def("read", &TestVerification::read, "file"_a, "begin"_a, "bytes"_a, "Runs without the GIL.")

@@ -13,6 +13,9 @@ struct ValueError : std::invalid_argument {
 struct LoadError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
+struct OverflowError : LoadError {  // a weight that the compute dtype cannot hold
+  using LoadError::LoadError;
+};
 struct DeviceError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };

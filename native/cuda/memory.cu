@@ -118,7 +118,7 @@ void CudaOps::finish_loading() {
 void CudaOps::check_overflow() {
   int32_t overflow = 0;
   download(&overflow, overflow_, sizeof overflow);
-  if (overflow) throw LoadError(cat(device(), ": a weight is too large for ", name_of(act_), "; use bfloat16 or float32"));
+  if (overflow) throw OverflowError(cat(device(), ": a weight is too large for ", name_of(act_), "; use bfloat16 or float32"));
 }
 
 const float* CudaOps::load_vector(const HostMatrix& v) {

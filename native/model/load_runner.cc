@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "core/checksums.h"
+#include "model/fits.h"
 #include "model/model.h"
 #include "model/random_weights.h"
 #include "model/runner.h"
@@ -180,7 +181,12 @@ class ModelRunner final : public Runner {
       rank.ops->read_matrices_by([this](uint8_t* to, const uint8_t* from, size_t bytes) { verification_->read(to, from, bytes); });
       if (r == 0 && rank.ops->device() == "cpu") verification_->start();  // it reads the weights where they are mapped
       weights[size_t(r)] = load_model_weights(config, files, *rank.ops, *rank.comm);
-      rank.ops->finish_loading();
+      try {
+        rank.ops->finish_loading();
+      } catch (const OverflowError&) {
+        check_fits(files, rank.ops->act());
+        throw;
+      }
     });
     for (const ModelWeights& w : weights) stats_.weight_bytes += w.loaded;
     stats_.weights_s = since(start) - stats_.device_s;

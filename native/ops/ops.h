@@ -58,7 +58,7 @@ class Ops {
   // For linear() and embed(): the rows of the parts, which have one format and as many columns, one below the other. What they point to
   // must stay until finish_loading(), on the CPU as long as this.
   virtual Matrix load_matrix(const std::vector<HostMatrix>& parts) = 0;
-  // Returns when every matrix and vector is loaded; before the first step. LoadError for a value that act() cannot hold, DeviceError.
+  // Returns when every matrix and vector is loaded; before the first step. OverflowError for a value that act() cannot hold, DeviceError.
   virtual void finish_loading() {}
   virtual const float* load_vector(const HostMatrix& v) = 0;  // [1, n] of any unquantized format -> float32; empty -> nullptr; v is read at once
   // Allocates per-step buffers; called once before the first step. replay: every step has the same body (a model's forward),
