@@ -20,8 +20,8 @@ constexpr size_t kGuard = 256;  // bytes on either side of every output
 
 class TestOps {
  public:
-  TestOps(const std::string& device, const std::string& dtype, int threads, const std::string& kernels)
-      : ops_(kernels.empty() ? make_ops(device, dtype, DType::f32, threads) : make_cpu_ops(threads, kernels)) {}
+  TestOps(const std::string& device, const std::string& dtype, int threads, const std::string& kernels, int shared_max)
+      : ops_(kernels.empty() ? make_ops(device, dtype, DType::f32, threads, shared_max) : make_cpu_ops(threads, kernels)) {}
 
   std::string device() const { return ops_->device(); }
   std::string dtype() const { return name_of(ops_->act()); }
@@ -290,8 +290,8 @@ void bind_testing_ops(py::module_& m) {
   m.def("cpu_kernels", &cpu_kernels, "Instruction sets that the CPU ops can use here, best first.");
 
   py::class_<TestOps>(m, "Ops")
-      .def(py::init<const std::string&, const std::string&, int, const std::string&>(), "device"_a = "cpu", "dtype"_a = "auto",
-           "threads"_a = 0, "kernels"_a = "")
+      .def(py::init<const std::string&, const std::string&, int, const std::string&, int>(), "device"_a = "cpu", "dtype"_a = "auto",
+           "threads"_a = 0, "kernels"_a = "", "shared_max"_a = 0)
       .def_property_readonly("device", &TestOps::device)
       .def_property_readonly("dtype", &TestOps::dtype)
       .def("plan", &TestOps::plan, "config"_a, "slots"_a, "rows"_a, "max_len"_a, "pages"_a)

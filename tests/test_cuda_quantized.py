@@ -114,6 +114,25 @@ def test_a_row_is_the_same_alone_and_in_any_batch(both, format, n, k):
         np.testing.assert_array_equal(both.cuda.linear(rows_batch(0, count), part, w, format, bias), mixed[64 + first:64 + first + count])
 
 
+@pytest.mark.parametrize("format,n,k", [("q4_g128", 520, 640), ("q4_g128", 512, 4096), ("q4_g64", 520, 576), ("q4_g64", 512, 4096), ("q8_row", 257, 192)])
+def test_little_shared_memory(both, format, n, k):
+    """99 KB a block, as GPUs of 8.6 and 8.9 have, hold the inputs of 16 decode rows in 4 bits: more rows are several launches, and the bits the same."""
+    little = testing.Ops("cuda:0", both.dtype, shared_max=101376)
+    little.plan(test_cuda.config(), test_cuda.SLOTS, test_cuda.ROWS, test_cuda.MAX_LEN, 512)
+    rng = np.random.default_rng(n)
+    w, w2 = matrix(format, n, k), matrix(format, n, k, 1)
+    bias, bias2 = rng.standard_normal((2, n)).astype(np.float32)
+    for count in (1, 8, 16, 17, 32, 33, 64):
+        batch = rows_batch(count, 0, "all")
+        x, x2 = both.round(rng.standard_normal((count, k))), both.round(rng.standard_normal((count, k)))
+        y = rng.standard_normal((count, n)).astype(np.float32)
+        for name, arguments in [("linear", (x, w, format, bias, "gelu")), ("linear_add", (y, x, w, format, bias, True)), ("logits", (x, w, format, bias)),
+                                ("linear_pair", (x, w, x2, w2, format, bias, bias2, "gelu")), ("linear_add_pair", (y, x, w, x2, w2, format, bias, bias2, True))]:
+            got, want = (getattr(ops, name)(batch, *arguments) for ops in (little, both.cuda))
+            for a, b in zip(got if isinstance(got, tuple) else (got,), want if isinstance(want, tuple) else (want,)):
+                np.testing.assert_array_equal(a, b, err_msg=f"{name} of {count} rows")
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("fields", [dict(), dict(use_parallel_residual=False)], ids=["parallel", "serial"])
 def test_model(tmp_path, format, fields):

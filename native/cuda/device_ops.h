@@ -16,7 +16,7 @@ namespace codefuse::cuda {
 
 class CudaOps final : public Ops {
  public:
-  CudaOps(int index, DType act, int threads);
+  CudaOps(int index, DType act, int threads, int shared_max);
   ~CudaOps() override;
 
   std::string device() const override { return cat("cuda:", index_); }

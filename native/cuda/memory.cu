@@ -18,7 +18,7 @@ __global__ void probe() {}
 
 }  // namespace
 
-CudaOps::CudaOps(int index, DType act, int threads)
+CudaOps::CudaOps(int index, DType act, int threads, int shared_max)
     : index_(index), act_(act), turns_(Turns::of(index)), copy_threads_(std::clamp((threads > 0 ? threads : int(std::thread::hardware_concurrency())) * 7 / 8, 1, 14)) {
   use();
   cudaFuncAttributes code;
@@ -27,6 +27,7 @@ CudaOps::CudaOps(int index, DType act, int threads)
   s_.wgmma = s_.bulk_copy && has_wgmma();
   check(cudaDeviceGetAttribute(&s_.sms, cudaDevAttrMultiProcessorCount, index_), "multiprocessors");
   check(cudaDeviceGetAttribute(&s_.shared_max, cudaDevAttrMaxSharedMemoryPerBlockOptin, index_), "shared memory");
+  if (shared_max > 0) s_.shared_max = std::min(s_.shared_max, shared_max);
   check(cudaStreamCreateWithFlags(&s_.stream, cudaStreamNonBlocking), "stream");
   overflow_ = alloc_array<int32_t>(1);
   for (int i = 0; i < 2; ++i) {
@@ -174,12 +175,12 @@ std::string cuda_unavailable() {
   return "";
 }
 
-std::unique_ptr<Ops> make_cuda_ops(int index, DType act, int threads) {
+std::unique_ptr<Ops> make_cuda_ops(int index, DType act, int threads, int shared_max) {
   const std::string why = cuda_unavailable();
   if (!why.empty()) throw ValueError(cat("device is 'cuda:", index, "'; CUDA cannot be used here: ", why));
   if (index < 0 || index >= cuda_device_count())
     throw ValueError(cat("device is 'cuda:", index, "'; this machine has cuda:0 to cuda:", cuda_device_count() - 1));
-  return std::make_unique<cuda::CudaOps>(index, act, threads);
+  return std::make_unique<cuda::CudaOps>(index, act, threads, shared_max);
 }
 
 }  // namespace codefuse

@@ -23,11 +23,11 @@ int device_count() {
 #endif
 }
 
-std::unique_ptr<Ops> cuda_ops(int index, DType act, int threads) {
+std::unique_ptr<Ops> cuda_ops(int index, DType act, int threads, int shared_max) {
 #ifdef CODEFUSE_WITH_CUDA
-  return make_cuda_ops(index, act, threads);
+  return make_cuda_ops(index, act, threads, shared_max);
 #else
-  (void)index, (void)act, (void)threads;
+  (void)index, (void)act, (void)threads, (void)shared_max;
   throw ValueError("device is 'cuda', but this build has no CUDA");
 #endif
 }
@@ -64,7 +64,7 @@ void check_device(const std::string& device) {
                          d.why_no_cuda.empty() ? "" : cat(" (", d.why_no_cuda, ")")));
 }
 
-std::unique_ptr<Ops> make_ops(const std::string& device, const std::string& dtype, DType weights, int threads) {
+std::unique_ptr<Ops> make_ops(const std::string& device, const std::string& dtype, DType weights, int threads, int shared_max) {
   if (device == "cpu" || (device == "auto" && device_count() == 0)) {
     if (dtype != "auto" && parse_dtype(dtype) != DType::f32)
       throw ValueError(cat("dtype is '", dtype, "'; expected float32 or auto on the CPU"));
@@ -72,7 +72,7 @@ std::unique_ptr<Ops> make_ops(const std::string& device, const std::string& dtyp
   }
   check_device(device);
   const int index = device == "auto" ? 0 : cuda_index(device);
-  return cuda_ops(index, dtype == "auto" ? weights : parse_dtype(dtype), threads);
+  return cuda_ops(index, dtype == "auto" ? weights : parse_dtype(dtype), threads, shared_max);
 }
 
 }  // namespace codefuse

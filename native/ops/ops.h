@@ -132,12 +132,13 @@ class Ops {
 };
 
 // device: "cpu", "cuda", "cuda:N". dtype: "auto" or a dtype name; auto is float32 on the CPU and `weights` on CUDA.
+// shared_max: bytes of shared memory that a block on CUDA may have, 0: what the GPU has; with less it stands in for a smaller one in tests.
 // ValueError when the device is not in this build or machine, naming what is available.
-std::unique_ptr<Ops> make_ops(const std::string& device, const std::string& dtype, DType weights, int threads);
+std::unique_ptr<Ops> make_ops(const std::string& device, const std::string& dtype, DType weights, int threads, int shared_max = 0);
 // threads 0: all cores. kernels: an instruction set of cpu_kernels(), for tests; "": the best.
 std::unique_ptr<Ops> make_cpu_ops(int threads, const std::string& kernels = "");
 std::vector<std::string> cpu_kernels();  // that this processor runs, best first
-std::unique_ptr<Ops> make_cuda_ops(int index, DType act, int threads);  // threads: as make_ops
+std::unique_ptr<Ops> make_cuda_ops(int index, DType act, int threads, int shared_max);  // the last two: as make_ops
 // What this build and machine can use, for messages and Python: {"cpu", "cuda:0", ...}; why_no_cuda is empty or the reason.
 struct Devices {
   std::string names;        // comma separated
