@@ -22,11 +22,13 @@ __global__ void __launch_bounds__(256) row_times_vectors(const float* __restrict
 #pragma unroll
       for (int j = 0; j < 8; ++j) acc[j] = fmaf(a, load_fresh(x + (int64_t(min(t0 + j, T - 1)) * K + k)), acc[j]);
     }
+    float mine = 0.f;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       for (int o = 16; o > 0; o /= 2) acc[j] += __shfl_xor_sync(~0u, acc[j], o);
-      if (lane == 0 && t0 + j < T) store_output<float>(e, acc[j], t0 + j, n, N);
+      if (lane == j) mine = acc[j];
     }
+    if (lane < 8 && t0 + lane < T) store_output<float>(e, mine, t0 + lane, n, N);
   }
 }
 
@@ -57,13 +59,15 @@ __global__ void __launch_bounds__(256) gemm_f32(const float* __restrict__ x, con
     }
     __syncthreads();
   }
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
+#pragma unroll 1  // an activation is long, and so is compiling 16 of them
+  for (int i = 0; i < 4; ++i) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       int n = n0 + tn + 16 * i, t = t0 + tt + 16 * j;
-      if (n < N && t < T) store_output<float>(e, acc[i][j], t, n, N);
+      if (n < N && t < T) store_output<float>(e, acc[0][j], t, n, N);
+      acc[0][j] = acc[1][j], acc[1][j] = acc[2][j], acc[2][j] = acc[3][j];
     }
+  }
 }
 
 }  // namespace

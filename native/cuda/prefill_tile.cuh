@@ -26,7 +26,7 @@ __device__ __forceinline__ void write_tile(float (&d)[TOKENS / 2], uint8_t* stag
     const bool whole = N % 8 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0;
     auto write = [&](auto fn) {
       constexpr int FN = decltype(fn)::value;
-#pragma unroll
+#pragma unroll (FN < 0 ? TOKENS / 64 : 1)  // an activation is long: of a tile's 128 only a quarter is written out
       for (int p = 0; p < TOKENS / 64; ++p) {
         if (token0 + p * 64 >= tokens) break;
 #pragma unroll
@@ -34,7 +34,7 @@ __device__ __forceinline__ void write_tile(float (&d)[TOKENS / 2], uint8_t* stag
           uint32_t v[4];
 #pragma unroll
           for (int h = 0; h < 4; ++h) {
-            const float* z = d + (p * 8 + j + h / 2) * 4 + h % 2 * 2;
+            const float* z = d + (j + h / 2) * 4 + h % 2 * 2;
             const float b = h % 2 ? bias_b : bias_a;
             v[h] = pack2<T>(activate(z[0] + b, FN), activate(z[1] + b, FN));
           }
@@ -56,6 +56,8 @@ __device__ __forceinline__ void write_tile(float (&d)[TOKENS / 2], uint8_t* stag
               if (n + q < N) reinterpret_cast<uint16_t*>(to)[q] = uint16_t(w[q / 2] >> (q % 2 * 16));
           }
         }
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2 - 32; ++i) d[i] = d[i + 32];
         warpgroup_sync(group);
       }
     };
