@@ -120,6 +120,7 @@ CALLS = [  # program, arguments, what the message says
     ("serve", "--log {at}/none/log", "none/log cannot be written"),
     ("serve", "--http-port 8001", "grpc port 8001 is the http port too"),
     ("serve", "--host nowhere.invalid", "nowhere.invalid"),
+    ("serve", "-- model", "model; expected an option of tritonserver"),
 ]
 
 

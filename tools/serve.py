@@ -3,6 +3,7 @@
 
     python tools/serve.py                       # model_repository/ on 127.0.0.1:8000 (HTTP), 8001 (gRPC), 8002 (metrics)
     python tools/serve.py --demo                # and stream a completion to the terminal first
+    python tools/serve.py -- --log-verbose=1    # with options of tritonserver
 
 The exit code is 0 after Ctrl-C or SIGTERM, 1 if the server could not start or stopped working.
 """
@@ -45,7 +46,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--demo", action="store_true", help="stream a completion and print lines to try")
     p.add_argument("--model", default="ensemble", metavar="NAME", help="of --demo; one that tools/deploy.py has made has the name given there")
     p.add_argument("--once", action="store_true", help="with --demo: stop afterwards")
+    p.add_argument("options", nargs="*", type=server_option, metavar="-- OPTION", help="of tritonserver, e.g. -- --model-control-mode=explicit --load-model=NAME")
     return p
+
+
+def server_option(text: str) -> str:
+    if not text.startswith("--"):
+        raise argparse.ArgumentTypeError(f"{text}; expected an option of tritonserver, such as --log-verbose=1")
+    return text
 
 
 def waiting(seconds: float) -> None:
@@ -92,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda signum, frame: stop_signals.append(signum))
     server = TritonServer(args.repository, host=args.host, http_port=args.http_port, grpc_port=args.grpc_port,
-                          metrics_port=args.metrics_port, log=args.log)
+                          metrics_port=args.metrics_port, log=args.log, options=args.options)
     started = time.monotonic()
 
     def wait(seconds: float) -> None:

@@ -83,7 +83,8 @@ def test_serve_tool_serves_a_named_model(weights: Path, tmp_path: Path) -> None:
     run = [sys.executable, str(ROOT / "tools" / "serve.py"), "--repository", str(tmp_path / "models"), "--demo", "--once"]
     for kind, port in zip(("http", "grpc", "metrics"), free_ports(3)):
         run += [f"--{kind}-port", str(port)]
-    result = subprocess.run([*run, "--model", "named"], capture_output=True, text=True, timeout=90)
+    explicit = ["--", "--model-control-mode=explicit", "--load-model=named"]
+    result = subprocess.run([*run, "--model", "named", *explicit], capture_output=True, text=True, timeout=90)
     assert result.returncode == 0 and "tokens in" in result.stdout and "/v2/models/named/generate" in result.stdout, result.stderr
     result = subprocess.run(run, capture_output=True, text=True, timeout=90)
     assert result.returncode == 1 and "no completion from model 'ensemble' (--model)" in result.stderr and "Traceback" not in result.stderr
