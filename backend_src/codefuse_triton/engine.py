@@ -7,49 +7,23 @@ import os
 import secrets
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from . import _native
 from ._native import Chunk, DeviceError, Outbox
+from .files import is_file, on_disk, read_json
 from .prompt import Prompt, assemble, fim_template, make_prompt
-from .vocab import Vocab, is_file, on_disk, read_json
+from .result import Result, best
+from .vocab import Vocab
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
-_Scored = TypeVar("_Scored", Chunk, "Result")
 AnyPrompt = str | bytes | Sequence[int] | npt.NDArray[np.integer[Any]] | Prompt
 Word = str | bytes | Sequence[int]
 _BEFORE_BYTES = 1 << 16  # of the text in front of the cursor that stop_at looks at
-
-
-@dataclass(frozen=True)
-class Result:
-    """A whole completion. The end-of-text token is not part of it; tokens cut away by a stop string are neither."""
-
-    uid: int
-    text: str
-    token_ids: npt.NDArray[np.int32]
-    logprobs: npt.NDArray[np.float32]  # of token_ids, empty unless asked for
-    top_token_ids: npt.NDArray[np.int32]  # [len(token_ids), top_logprobs] likeliest first, empty unless asked for
-    top_logprobs: npt.NDArray[np.float32]  # and their log-probabilities
-    cum_logprob: float
-    finish_reason: str  # eos | stop | length | time | cancelled | deadline
-    stop_reason: str  # the stop string, or "stop_at:" and the name of what ended the text
-    num_input_tokens: int
-    num_truncated_tokens: tuple[int, int]  # fill in the middle: those that the prompt and the suffix lost to fit
-    num_output_tokens: int
-    num_cached_tokens: int
-    queue_s: float
-    prefill_s: float
-    decode_s: float
-
-
-def best(results: Sequence[_Scored], count: int) -> list[_Scored]:
-    """The count of them with the highest mean log-probability of a token, best first; without tokens is last."""
-    return sorted(results, key=lambda r: r.cum_logprob / r.num_output_tokens if r.num_output_tokens else -math.inf, reverse=True)[:count]
 
 
 class Stream:
@@ -276,7 +250,7 @@ class Engine:
         """Submits and waits for the whole completion; options as for submit."""
         outbox = Outbox()
         with Stream(self, self.submit(prompt, outbox=outbox, stream=False, **options), outbox) as chunks:
-            return _result(next(chunks))
+            return Result.of(next(chunks))
 
     def generate_many(self, prompt: AnyPrompt, n: int, *, best_of: int | None = None, **options: Any) -> list[Result]:
         """n completions as of submit_many, in order; with best_of > n the n of so many that have the highest mean log-probability
@@ -298,7 +272,7 @@ class Engine:
                 for chunk in outbox.poll():
                     if chunk.finish_reason == "error":
                         raise DeviceError(chunk.error)
-                    results[chunk.uid] = _result(chunk)
+                    results[chunk.uid] = Result.of(chunk)
         finally:
             for uid in uids:
                 if uid not in results:
@@ -326,12 +300,6 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _result(c: Chunk) -> Result:
-    return Result(c.uid, c.text.decode("utf-8", "replace"), c.token_ids, c.logprobs, c.top_token_ids, c.top_logprobs, c.cum_logprob,
-                  c.finish_reason, c.stop_reason, c.num_input_tokens, c.num_truncated_tokens, c.num_output_tokens, c.num_cached_tokens,
-                  c.queue_s, c.prefill_s, c.decode_s)
 
 
 def _words(vocab: Vocab, name: str, words: Sequence[Word] | Word) -> tuple[list[bytes], list[int]]:

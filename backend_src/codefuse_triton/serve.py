@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from . import Engine, Outbox, lifecycle
-from .engine import best
 from .request import Request
+from .result import best
 
 log = logging.getLogger(__name__)
 LOOK_S = 0.1  # between looks at is_cancelled, the drain file and the statistics

@@ -11,10 +11,10 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from . import Engine, QueueFull, Vocab, contract, lifecycle
+from .files import on_disk
 from .prompt import Prompt, make_prompt
 from .request import parse, parse_settings, parse_text
 from .serve import SHUTTING_DOWN, Draining, Service
-from .vocab import on_disk
 
 
 def _error(message: str, status: str) -> pb_utils.InferenceResponse:
