@@ -89,4 +89,4 @@ def start(weights: Path, tmp_path: Path) -> Iterator[Callable[..., TritonServer]
 
     yield start_server
     for server in servers:
-        server.stop(drain_s=0)
+        server.stop(drain_s=0, grace_s=1)
