@@ -62,6 +62,7 @@ void bind_testing(py::module_& module) {
   m.attr("LAST_TOKEN") = kLastToken;
   m.attr("TOP_TOKENS") = kTopTokens;
   bind_testing_ops(m);
+  bind_testing_ranks(m);
   bind_testing_engine(m);
   bind_testing_scheduler(m);
   bind_testing_files(m);

@@ -16,6 +16,7 @@ using Floats = pybind11::array_t<float, pybind11::array::c_style | pybind11::arr
 
 void bind_testing_ops(pybind11::module_& m);        // bind_testing_ops.cpp: ops on any device
 void bind_testing_engine(pybind11::module_& m);     // bind_testing_engine.cpp: an Engine over a fake runner
+void bind_testing_ranks(pybind11::module_& m);      // bind_testing_ranks.cpp: exchanges between the ranks of a model
 void bind_testing_scheduler(pybind11::module_& m);  // bind_testing_scheduler.cpp: scheduler, KV pages, prefix cache
 void bind_testing_files(pybind11::module_& m);      // bind_testing_files.cpp: reading and checking files
 void bind_testing_layers(pybind11::module_& m);     // bind_testing_layers.cpp: what the ops of a model's layers take

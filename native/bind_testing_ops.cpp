@@ -25,6 +25,7 @@ class TestOps {
 
   std::string device() const { return ops_->device(); }
   std::string dtype() const { return name_of(ops_->act()); }
+  size_t free_memory() const { return ops_->free_memory(); }
 
   void plan(const std::string& config, int slots, int rows, int max_len, int pages) {
     config_ = parse_model_config(config, "config");
@@ -294,6 +295,7 @@ void bind_testing_ops(py::module_& m) {
            "threads"_a = 0, "kernels"_a = "", "shared_max"_a = 0)
       .def_property_readonly("device", &TestOps::device)
       .def_property_readonly("dtype", &TestOps::dtype)
+      .def_property_readonly("free_memory", &TestOps::free_memory)
       .def("plan", &TestOps::plan, "config"_a, "slots"_a, "rows"_a, "max_len"_a, "pages"_a)
       .def("embed", &TestOps::embed, "batch"_a, "table"_a, "format"_a = "f32")
       .def("read_matrix", &TestOps::read_matrix, "weight"_a, "format"_a, "parts"_a = std::vector<int64_t>())

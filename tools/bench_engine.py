@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Speed of the engine on one device: latency of single requests and throughput of many, through its Python API.
+"""Speed of the engine on one device, or several GPUs that share the weights: latency of single requests and throughput of many, through its Python API.
 
     python tools/bench_engine.py model_repository/generator/1
     python tools/bench_engine.py --random gptneox-13b --device cuda --json figures.json --plot figures.png
@@ -8,7 +8,7 @@
 Greedy, prompts of random token ids, end tokens ignored, everything a served token passes included: scheduler, sampling, stop
 checks, polling. Figures are medians of repeated runs with their range. GB/s is what a decode step must read - every layer
 weight and the LM head once, and the keys and values so far - times decode tokens per second; the percentage is of the read
-bandwidth measured in the same run. --beside transformers runs its generate() alternately with the engine.
+bandwidth measured in the same run, of all GPUs together. --beside transformers runs its generate() alternately with the engine.
 """
 
 from __future__ import annotations
@@ -155,9 +155,9 @@ def load(a: argparse.Namespace, weights: Path, needed_tokens: int) -> Engine:
     cuda = a.device != "cpu" and any(d.startswith("cuda") for d in codefuse_triton.devices()[0])
     dtype = a.dtype if a.dtype != "auto" else "float16" if cuda else "float32"
     longest = a.max_len or config["max_positions"]
-    kv_mb = (max(needed_tokens, longest + 32) * kv_bytes_per_token(config, dtype) >> 20) + 1
+    kv_mb = (max(needed_tokens, longest + 32) * kv_bytes_per_token(config, dtype) // a.tensor_parallel >> 20) + 1  # of each rank
     engine = Engine(weights, device=a.device, dtype=a.dtype, slots=min(64, max(a.streams, default=1)), max_len=a.max_len, kv_memory_mb=kv_mb,
-                    prefill_tokens=a.prefill_tokens, threads=a.threads)
+                    prefill_tokens=a.prefill_tokens, threads=a.threads, tensor_parallel=a.tensor_parallel)
     pages = engine.stats()["pages"]
     if pages * 32 < needed_tokens:
         print(f"note: the KV cache holds {pages * 32} tokens, {needed_tokens} would avoid preemption", file=sys.stderr)
@@ -171,7 +171,7 @@ def measure(a: argparse.Namespace, engine: Engine, other: Any) -> dict[str, Any]
     def prompt(length: int) -> np.ndarray:
         return rng.integers(0, engine.config["vocab"], length, dtype=np.int32)
 
-    limit = read_bandwidth(engine.device, a.threads)
+    limit = read_bandwidth(engine.device, a.threads) * (1 if engine.device == "cpu" else a.tensor_parallel)
     result: dict[str, Any] = {"read_bandwidth_gb_s": limit / 1e9, "shapes": [], "streams": [], "skipped": []}
     for shape in a.shapes:
         if shape.prompt + shape.output > engine.max_len:
@@ -220,7 +220,8 @@ def as_text(r: dict[str, Any]) -> str:
             x = s["times_transformers"]
             cells += [s["transformers"]["total_ms"].text(), s["transformers"]["decode_tokens_s"].text(), f"{x['total']:.2f}", f"{x['decode']:.2f}"]
         rows.append(cells)
-    out = [f"{r['weights']} on {r['device']} ({r['device_name']}), {r['dtype']}, {r['weight_bytes'] / 1e6:,.1f} MB of weights a step",
+    devices = f"{r['tensor_parallel']} ranks from {r['device']}" if r["tensor_parallel"] > 1 else r["device"]
+    out = [f"{r['weights']} on {devices} ({r['device_name']}), {r['dtype']}, {r['weight_bytes'] / 1e6:,.1f} MB of weights a step",
            f"read bandwidth {r['read_bandwidth_gb_s']:,.1f} GB/s; median (least..greatest) of {r['repeats']} runs; {r['date']}, commit {r['commit'] or 'unknown'}"]
     if beside:
         out.append(r["peer"])
@@ -258,6 +259,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--random", metavar="PRESET", help="random weights of this shape (presets of tools/convert.py), made at load")
     p.add_argument("--format", default="auto", help="of the random weights: f32, f16, bf16, q8_row, q4_g128 or q4_g64")
     p.add_argument("--device", type=device, default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--tensor-parallel", type=integer(1, 64), default=1, help="GPUs that share the weights, --device the first; on the CPU groups of threads")
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="of activations and KV cache: auto, float32, float16 or bfloat16")
     p.add_argument("--threads", type=integer(0, 1024), default=0, help="CPU threads, 0: all cores")
     p.add_argument("--shapes", type=several(Shape.parse), default=SHAPES, help="in/out tokens, comma separated")
@@ -305,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
                 if a.beside:
                     from bench_transformers import Peer
                     peer = Peer(a.hf or a.random, engine.device, engine.dtype, a.threads)
-                r = {"weights": a.random or weights.resolve().name, "device": engine.device, "device_name": device_name(engine.device), "dtype": engine.dtype,
+                r = {"weights": a.random or weights.resolve().name, "device": engine.device, "device_name": device_name(engine.device), "dtype": engine.dtype, "tensor_parallel": a.tensor_parallel,
                      "weight_bytes": engine.weight_bytes, "load_s": load_s, "threads": a.threads, "repeats": a.repeats, "commit": git_commit(),
                      "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), "peer": peer.description if peer else ""}
                 r.update(measure(a, engine, peer))

@@ -31,6 +31,8 @@ class CpuOps final : public Ops {
   void plan(const ModelConfig& config, const Limits& limits, bool replay) override;
 
   void step(const Batch& batch, int ticket, const std::function<void()>& body) override;
+  int rows() const override { return batch_->rows(); }
+  int samples() const override { return batch_->samples(); }
   Sampled collect(int ticket) override;
 
   void embed(float* x, const Matrix& table) override;

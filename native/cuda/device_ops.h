@@ -21,6 +21,7 @@ class CudaOps final : public Ops {
 
   std::string device() const override { return cat("cuda:", index_); }
   DType act() const override { return act_; }
+  const Stream& stream() const { return s_; }
   bool rows_alike() const override { return false; }  // two matrix kernels and two attention kernels
 
   void* alloc(size_t bytes) override;
@@ -32,6 +33,8 @@ class CudaOps final : public Ops {
   void plan(const ModelConfig& config, const Limits& limits, bool replay) override;
 
   void step(const Batch& batch, int ticket, const std::function<void()>& body) override;
+  int rows() const override { return rows_; }
+  int samples() const override { return samples_; }
   Sampled collect(int ticket) override;
   void embed(float* x, const Matrix& table) override;
   void add_position(float* x, const Matrix& table) override;

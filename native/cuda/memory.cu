@@ -41,6 +41,7 @@ CudaOps::~CudaOps() {
   uploader_.reset();
   if (s_.stream) cudaStreamSynchronize(s_.stream);
   turns_->leave(s_.stream);
+  const auto lock = Turns::several();
   for (auto& r : recordings_)
     if (r.second.graph) cudaGraphExecDestroy(r.second.graph);
   for (int i = 0; i < 2; ++i) {

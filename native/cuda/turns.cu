@@ -15,6 +15,11 @@ std::shared_ptr<Turns> Turns::of(int device) {
   return turns;
 }
 
+std::unique_lock<std::mutex> Turns::several() {
+  static std::mutex mutex;
+  return std::unique_lock<std::mutex>(mutex);
+}
+
 Turns::Turn::Turn(Turns& turns, cudaStream_t stream, cudaEvent_t ended) : turns_(turns), lock_(turns.mutex_), stream_(stream), ended_(ended) {
   if (turns.stream_ && turns.stream_ != stream) check(cudaStreamWaitEvent(stream, turns.ended_, 0), "waiting for another step");
 }

@@ -7,6 +7,7 @@
 
 #include "cuda/kernels.h"
 #include "cuda/tiles.cuh"
+#include "cuda/turns.h"
 
 namespace codefuse::cuda {
 
@@ -78,6 +79,7 @@ class Uploader::Lane {
   void begin(size_t most) {
     if (room_ < most) {
       wait();
+      const auto lock = Turns::several();
       cudaFree(device_);
       device_ = nullptr, room_ = 0;
       check(cudaMalloc(&device_, most), "memory for uploading weights");
@@ -114,6 +116,7 @@ class Uploader::Lane {
   }
   void release() {
     if (s_.stream) cudaStreamSynchronize(s_.stream);
+    const auto lock = Turns::several();
     for (cudaEvent_t e : sent_)
       if (e) cudaEventDestroy(e);
     cudaFree(device_);

@@ -22,7 +22,7 @@ namespace {
 // One persistent thread per rank; run(f) calls f(rank) on each and returns when all have. With one rank, on the caller's thread.
 class Ranks {
  public:
-  explicit Ranks(int world) : group_(world) {
+  explicit Ranks(int world) : world_(world) {
     if (world > 1)
       for (int r = 0; r < world; ++r) threads_.emplace_back([this, r] { work(r); });
   }
@@ -35,16 +35,16 @@ class Ranks {
     for (auto& t : threads_) t.join();
   }
 
-  ThreadGroup& group() { return group_; }
+  void share(CommGroup* group) { group_ = group; }  // which hears of a rank's error; nullptr: there is none yet
 
   // Rethrows the error of the rank that failed first of its own.
   void run(const std::function<void(int)>& f) {
     if (threads_.empty()) return f(0);
     std::unique_lock<std::mutex> lock(mutex_);
-    group_.reset();
+    if (group_) group_->begin();
     first_error_ = nullptr;
     job_ = &f;
-    busy_ = group_.world();
+    busy_ = world_;
     ++round_;
     wake_.notify_all();
     done_.wait(lock, [&] { return busy_ == 0; });
@@ -68,12 +68,13 @@ class Ranks {
       }
       lock.lock();
       if (error && !first_error_) first_error_ = error;
-      if (error) group_.abort();
+      if (error && group_) group_->abort();
       if (--busy_ == 0) done_.notify_all();
     }
   }
 
-  ThreadGroup group_;
+  const int world_;
+  CommGroup* group_ = nullptr;
   std::vector<std::thread> threads_;
   std::mutex mutex_;
   std::condition_variable wake_, done_;
@@ -122,19 +123,27 @@ class ModelRunner final : public Runner {
   LoadStats load_stats() const override { return stats_; }
 
   void launch(const Batch& batch, int ticket) override {
+    std::unique_lock<std::mutex> turn;
+    if (group_) turn = group_->turn();
     ranks_.run([&](int r) {
       Rank& rank = rank_[size_t(r)];
-      rank.ops->step(batch, ticket, [&] { rank.model->forward(batch); });
+      rank.ops->step(batch, ticket, [&] { rank.model->forward(); });
     });
   }
 
   // Every rank sampled the same tokens; all are waited for.
   Sampled collect(int ticket) override {
     Sampled result;
-    ranks_.run([&](int r) {
-      Sampled sampled = rank_[size_t(r)].ops->collect(ticket);
-      if (r == 0) result = std::move(sampled);
-    });
+    try {
+      for (Rank& rank : rank_) {
+        Sampled sampled = rank.ops->collect(ticket);
+        if (&rank == &rank_[0]) result = std::move(sampled);
+      }
+    } catch (...) {
+      if (group_) group_->abort();
+      throw;
+    }
+    if (group_) group_->check();
     return result;
   }
 
@@ -169,15 +178,19 @@ class ModelRunner final : public Runner {
     std::vector<ModelWeights> weights(static_cast<size_t>(world));
     ranks_.run([&](int r) {
       Rank& rank = rank_[size_t(r)];
-      rank.ops = make_ops(o.device, o.dtype, stored, threads);
-      if (r == 0) stats_.device_s = since(start);
-      if (world > 1 && rank.ops->device() != "cpu")
-        throw ValueError(cat("tensor_parallel is ", world, "; expected 1 on ", rank.ops->device(), " in this version"));
-      if (world > 1) {
-        rank.comm = std::make_unique<ThreadComm>(ranks_.group(), r);
-      } else {
-        rank.comm = std::make_unique<SingleComm>();
-      }
+      rank.ops = make_ops(rank_device(o.device, r, world), o.dtype, stored, threads);
+    });
+    stats_.device_s = since(start);
+    if (world > 1) {
+      if (device() == "cpu")
+        group_ = std::make_unique<ThreadGroup>(world);
+      else
+        group_ = make_device_group(o.device, world);
+      ranks_.share(group_.get());
+    }
+    ranks_.run([&](int r) {
+      Rank& rank = rank_[size_t(r)];
+      rank.comm = group_ ? group_->join(r, *rank.ops) : std::make_unique<SingleComm>();
       rank.ops->read_matrices_by([this](uint8_t* to, const uint8_t* from, size_t bytes) { verification_->read(to, from, bytes); });
       if (r == 0 && rank.ops->device() == "cpu") verification_->start();  // it reads the weights where they are mapped
       weights[size_t(r)] = load_model_weights(config, files, *rank.ops, *rank.comm);
@@ -191,7 +204,7 @@ class ModelRunner final : public Runner {
     for (const ModelWeights& w : weights) stats_.weight_bytes += w.loaded;
     stats_.weights_s = since(start) - stats_.device_s;
     verification_->start();
-    limits_.pages = plan_pages(o, *rank_[0].ops);
+    limits_.pages = plan_pages(o);
     ranks_.run([&](int r) {
       Rank& rank = rank_[size_t(r)];
       rank.model = std::make_unique<Model>(config, std::move(weights[size_t(r)]), limits_, *rank.ops, *rank.comm);
@@ -199,11 +212,12 @@ class ModelRunner final : public Runner {
     for (const Rank& rank : rank_) weight_bytes_ += rank.model->weight_bytes();
   }
 
-  int plan_pages(const RunnerOptions& o, const Ops& ops) const {
+  int plan_pages(const RunnerOptions& o) const {
+    const Ops& ops = *rank_[0].ops;
     const int64_t page = kv_page_bytes(config_, ops.act(), o.tensor_parallel), one = limits_.max_pages();
     int64_t pages = o.kv_bytes / page;
     if (o.kv_bytes == 0) {
-      pages = ops.device() == "cpu" ? 4 * one : int64_t(double(ops.free_memory()) * 0.9) / page;
+      pages = ops.device() == "cpu" ? 4 * one : int64_t(double(free_memory()) * 0.9) / page;
       pages = std::min(pages, 4 * std::max<int64_t>(o.slots, 1) * one);  // what the slots can fill, and three times that for the prefix cache
     }
     if (pages < one)
@@ -212,10 +226,17 @@ class ModelRunner final : public Runner {
     return int(std::min<int64_t>(pages, 1 << 28));
   }
 
+  size_t free_memory() const {  // of the rank that has least
+    size_t least = SIZE_MAX;
+    for (const Rank& rank : rank_) least = std::min(least, rank.ops->free_memory());
+    return least;
+  }
+
   const ModelConfig config_;
   std::unique_ptr<Weights> files_;  // the CPU reads the weights from the mapping for as long as it runs
   std::unique_ptr<Verification> verification_;  // while loading; uploads of rank_ read through it
   Limits limits_;
+  std::unique_ptr<CommGroup> group_;  // with several ranks
   std::vector<Rank> rank_;
   int64_t weight_bytes_ = 0;
   LoadStats stats_;

@@ -45,12 +45,10 @@ const void* Model::input(const Linear& w, const void* x, int buffer) {
 
 // x += the sum over ranks of what parts(y) adds to y
 template <class F>
-void Model::add_to_residual(int rows, const F& parts) {
+void Model::add_to_residual(const F& parts) {
   if (comm_.world() == 1) return parts(x_);
-  ops_.zero(partial_, config_.hidden);
   parts(partial_);
-  comm_.all_reduce(partial_, int64_t(rows) * config_.hidden);
-  ops_.add(x_, partial_, config_.hidden);
+  comm_.add_sum(x_, partial_, int64_t(ops_.rows()) * config_.hidden);
 }
 
 void Model::attention_block(Layer& layer, const void* normed) {
@@ -69,7 +67,7 @@ void Model::mlp_block(Layer& layer, const void* normed) {
 }
 
 // Attention and an ungated MLP side by side.
-void Model::parallel_layer(Layer& layer, int rows) {
+void Model::parallel_layer(Layer& layer) {
   const bool two = config_.residual == ResidualKind::parallel_two_norms;
   if (two) {
     ops_.norm_pair(normed_, layer.norm1, normed2_, layer.norm2, x_, config_.norm, config_.norm_eps, config_.hidden);
@@ -80,11 +78,11 @@ void Model::parallel_layer(Layer& layer, int rows) {
   ops_.linear_pair(qkv_, to_qkv, layer.qkv, nullptr, up_, to_up, layer.mlp_up, &config_.activation);
   ops_.rope_attention(attended_, qkv_, layer.kv, config_, heads_, kv_heads_);
   const void *to_out = input(layer.attn_out, attended_), *to_down = input(layer.mlp_down, up_, 1);
-  add_to_residual(rows, [&](float* y) { ops_.linear_add_pair(y, to_out, layer.attn_out, to_down, layer.mlp_down, comm_.rank() == 0); });
+  add_to_residual([&](float* y) { ops_.linear_add_pair(y, to_out, layer.attn_out, to_down, layer.mlp_down, comm_.rank() == 0); });
 }
 
-void Model::forward(const Batch& batch) {
-  const int rows = batch.rows(), h = config_.hidden;
+void Model::forward() {
+  const int h = config_.hidden;
   const bool first = comm_.rank() == 0;  // adds the biases of sums over ranks
   const auto norm = [&](const Norm& n) { ops_.norm(normed_, x_, n, config_.norm, config_.norm_eps, h); };
 
@@ -93,20 +91,20 @@ void Model::forward(const Batch& batch) {
   if (config_.position == PositionKind::learned) ops_.add_position(x_, weights_.position);
   for (Layer& layer : weights_.layers) {
     if (config_.residual != ResidualKind::serial && !config_.gated) {
-      parallel_layer(layer, rows);
+      parallel_layer(layer);
       continue;
     }
     norm(layer.norm1);
     attention_block(layer, normed_);
     if (config_.residual == ResidualKind::serial) {
-      add_to_residual(rows, [&](float* y) { ops_.linear_add(y, input(layer.attn_out, attended_), layer.attn_out, first); });
+      add_to_residual([&](float* y) { ops_.linear_add(y, input(layer.attn_out, attended_), layer.attn_out, first); });
       norm(layer.norm2);
       mlp_block(layer, normed_);
-      add_to_residual(rows, [&](float* y) { ops_.linear_add(y, input(layer.mlp_down, up_), layer.mlp_down, first); });
+      add_to_residual([&](float* y) { ops_.linear_add(y, input(layer.mlp_down, up_), layer.mlp_down, first); });
     } else {
       if (config_.residual == ResidualKind::parallel_two_norms) norm(layer.norm2);
       mlp_block(layer, normed_);
-      add_to_residual(rows, [&](float* y) {
+      add_to_residual([&](float* y) {
         ops_.linear_add(y, input(layer.attn_out, attended_), layer.attn_out, first);
         ops_.linear_add(y, input(layer.mlp_down, up_), layer.mlp_down, first);
       });
@@ -116,7 +114,7 @@ void Model::forward(const Batch& batch) {
   ops_.gather_logit_rows(last_, x_, h);
   ops_.norm_logit_rows(last_normed_, last_, weights_.final_norm, config_.norm, config_.norm_eps, h);
   ops_.logits(local_logits_, last_normed_, weights_.head);
-  if (comm_.world() > 1) comm_.all_gather_columns(logits_, local_logits_, batch.samples(), config_.vocab);
+  if (comm_.world() > 1) comm_.all_gather_columns(logits_, local_logits_, ops_.samples(), config_.vocab);
   ops_.sample(logits_, config_.vocab);
 }
 

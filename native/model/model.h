@@ -36,7 +36,7 @@ class Model {
   // Allocates what limits asks for. ops and comm must outlive it.
   Model(const ModelConfig& config, ModelWeights weights, const Limits& limits, Ops& ops, Comm& comm);
 
-  void forward(const Batch& batch);  // the body of a step: from tokens to sampled tokens
+  void forward();  // the body of a step: from tokens to sampled tokens
   const float* logits() const { return logits_; }  // [samples, V] of the last step, in the device's memory
   int64_t weight_bytes() const { return weights_.bytes; }
 
@@ -44,16 +44,16 @@ class Model {
   const void* input(const Linear& w, const void* x, int buffer = 0);  // x [T, K], in w's order
   void attention_block(Layer& layer, const void* normed);
   void mlp_block(Layer& layer, const void* normed);
-  void parallel_layer(Layer& layer, int rows);
+  void parallel_layer(Layer& layer);
   template <class F>
-  void add_to_residual(int rows, const F& parts);
+  void add_to_residual(const F& parts);
 
   const ModelConfig config_;
   ModelWeights weights_;
   Ops& ops_;
   Comm& comm_;
   const int heads_, kv_heads_, intermediate_;  // this rank's
-  float *x_, *partial_ = nullptr;              // [T, H]: the residual stream; this rank's part of a sum
+  float *x_, *partial_ = nullptr;              // [T, H]: the residual stream; this rank's part of a sum, zero in between
   void *normed_, *normed2_ = nullptr, *qkv_, *attended_, *up_, *gated_ = nullptr;
   void* ordered_[2] = {};                      // [T, the most columns] where a linear layer has an order
   std::vector<KvLayer> kv_;                    // [layers]

@@ -20,7 +20,9 @@ void ThreadGroup::wait() {
   }
 }
 
-void ThreadComm::all_reduce(float* data, int64_t n) {
+std::unique_ptr<Comm> ThreadGroup::join(int rank, Ops&) { return std::make_unique<ThreadComm>(*this, rank); }
+
+void ThreadComm::add_sum(float* y, float* data, int64_t n) {
   group_.data_[size_t(rank_)] = data;
   group_.wait();
   // this rank's share of the elements, for everyone
@@ -31,6 +33,7 @@ void ThreadComm::all_reduce(float* data, int64_t n) {
     for (const float* part : group_.data_) const_cast<float*>(part)[i] = sum;
   }
   group_.wait();
+  for (int64_t i = 0; i < n; ++i) y[i] += data[i], data[i] = 0;
 }
 
 void ThreadComm::all_gather_columns(float* out, const float* in, int64_t rows, int64_t total) {

@@ -9,13 +9,13 @@
 
 namespace codefuse {
 
-// What the ranks of one model share.
-class ThreadGroup {
+class ThreadGroup final : public CommGroup {
  public:
   explicit ThreadGroup(int world) : world_(world), data_(static_cast<size_t>(world), nullptr) {}
   int world() const { return world_; }
-  void abort() { aborted_ = true; }    // a rank failed: the others' waits throw DeviceError
-  void reset() { aborted_ = false, arrived_ = 0; }  // before a step, when no rank is inside one
+  std::unique_ptr<Comm> join(int rank, Ops& ops) override;
+  void begin() override { aborted_ = false, arrived_ = 0; }
+  void abort() override { aborted_ = true; }  // the others' waits throw DeviceError
 
  private:
   friend class ThreadComm;
@@ -33,7 +33,7 @@ class ThreadComm final : public Comm {
   ThreadComm(ThreadGroup& group, int rank) : group_(group), rank_(rank) {}
   int rank() const override { return rank_; }
   int world() const override { return group_.world(); }
-  void all_reduce(float* data, int64_t n) override;
+  void add_sum(float* y, float* data, int64_t n) override;
   void all_gather_columns(float* out, const float* in, int64_t rows, int64_t total) override;
 
  private:

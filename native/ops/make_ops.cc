@@ -1,3 +1,4 @@
+#include "ops/comm.h"
 #include "ops/ops.h"
 #ifdef CODEFUSE_WITH_CUDA
 #include "cuda/cuda_ops.h"
@@ -28,6 +29,15 @@ std::unique_ptr<Ops> cuda_ops(int index, DType act, int threads, int shared_max)
   return make_cuda_ops(index, act, threads, shared_max);
 #else
   (void)index, (void)act, (void)threads, (void)shared_max;
+  throw ValueError("device is 'cuda', but this build has no CUDA");
+#endif
+}
+
+std::unique_ptr<CommGroup> cuda_group(int first, int world) {
+#ifdef CODEFUSE_WITH_CUDA
+  return make_cuda_group(first, world);
+#else
+  (void)first, (void)world;
   throw ValueError("device is 'cuda', but this build has no CUDA");
 #endif
 }
@@ -63,6 +73,18 @@ void check_device(const std::string& device) {
     throw ValueError(cat("device is '", device, "', but only ", d.names, " can be used here",
                          d.why_no_cuda.empty() ? "" : cat(" (", d.why_no_cuda, ")")));
 }
+
+std::string rank_device(const std::string& device, int rank, int world) {
+  check_device(device);
+  if (device == "cpu" || (device == "auto" && device_count() == 0)) return "cpu";
+  const int first = device == "auto" ? 0 : cuda_index(device), last = device_count() - 1;
+  if (first + world - 1 > last)
+    throw ValueError(cat("tensor_parallel is ", world, ", one GPU each; from cuda:", first, " there ", last > first ? cat("are ", last - first + 1) : "is 1",
+                         " (cuda:0 to cuda:", last, ")"));
+  return cat("cuda:", first + rank);
+}
+
+std::unique_ptr<CommGroup> make_device_group(const std::string& device, int world) { return cuda_group(cuda_index(rank_device(device, 0, world)), world); }
 
 std::unique_ptr<Ops> make_ops(const std::string& device, const std::string& dtype, DType weights, int threads, int shared_max) {
   if (device == "cpu" || (device == "auto" && device_count() == 0)) {

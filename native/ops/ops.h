@@ -71,6 +71,9 @@ class Ops {
   // the ops (and on the number of rows). A batch without samples is a step whose collect() returns nothing.
   // ticket: parity of the step, 0 or 1: at most two steps are in flight.
   virtual void step(const Batch& batch, int ticket, const std::function<void()>& body) = 0;
+  // Of the step under way, with those that only pad it.
+  virtual int rows() const = 0;
+  virtual int samples() const = 0;
   virtual Sampled collect(int ticket) = 0;  // waits for that step; DeviceError if it failed
 
   virtual void embed(float* x /*[T,H]*/, const Matrix& table /*[V,H]*/) = 0;
