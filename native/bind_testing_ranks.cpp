@@ -1,6 +1,7 @@
-// The exchanges between ranks with numpy arrays, for tests/test_ranks.py.
+// The exchanges between ranks with numpy arrays, for tests/test_ranks.py and tools/bench_kernels.py.
 #include <pybind11/stl.h>
 
+#include <chrono>
 #include <exception>
 #include <functional>
 #include <mutex>
@@ -82,6 +83,26 @@ class TestRanks {
     return out;
   }
 
+  // Seconds that a sum over ranks of n floats takes, on average of `repeats` one behind the other, after as many that are not counted.
+  double time_sums(int64_t n, int repeats) {
+    if (n < 1 || repeats < 1) throw ValueError(cat("n is ", n, " and repeats ", repeats, "; expected 1 or more"));
+    std::vector<float*> to, from;
+    for (int r = 0; r < int(ops_.size()); ++r) to.push_back(put(r, nullptr, size_t(n))), from.push_back(put(r, nullptr, size_t(n)));
+    const auto all = [&] {
+      const auto start = std::chrono::steady_clock::now();
+      run(-1, [&](int r) {
+        float last;
+        for (int i = 0; i < repeats; ++i) comms_[size_t(r)]->add_sum(to[size_t(r)], from[size_t(r)], n);
+        get(r, &last, to[size_t(r)], 1);
+      });
+      return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    };
+    all();
+    const double seconds = all();
+    group_->check();
+    return seconds / repeats;
+  }
+
  private:
   float* put(int r, const float* values, size_t n) {
     float* const p = static_cast<float*>(ops_[size_t(r)]->alloc(n * sizeof(float)));
@@ -125,5 +146,6 @@ void bind_testing_ranks(py::module_& m) {
   py::class_<TestRanks>(m, "Ranks")
       .def(py::init<const std::string&, int>(), "device"_a, "world"_a)
       .def("add_sums", &TestRanks::add_sums, "y"_a, "data"_a, "absent"_a = -1)
+      .def("time_sums", &TestRanks::time_sums, "n"_a, "repeats"_a = 1000)
       .def("gather_columns", &TestRanks::gather_columns, "parts"_a, "total"_a);
 }

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from codefuse_triton import devices
 from codefuse_triton._native import testing
 from test_tools import CUDA, ON_GPU, TOOLS, preset
 
@@ -15,11 +16,13 @@ def run_bench_kernels(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 def test_figures(tmp_path, device):
+    ranks = 2 if device == "cpu" or "cuda:1" in devices()[0] else 1
     run = run_bench_kernels("--preset", "gptneox-tiny", "--rows", "1,64", "--position", "100", "--prefill", "2,512", "--repeats", "3", "--threads", "2",
-                            "--device", device, "--json", str(tmp_path / "out.json"))
+                            "--device", device, "--tensor-parallel", str(ranks), "--json", str(tmp_path / "out.json"))
     assert run.returncode == 0, run.stderr
     assert "64 decode rows at position 100" in run.stdout and "512 prefill rows" in run.stdout
     figures = json.loads((tmp_path / "out.json").read_text())
+    assert [e["rows"] for e in figures["exchanges"] if e["us"] > 0] == ([1, 2, 64, 512] if ranks > 1 else [])
     hidden, inter = 128, 512
     elements, rows = hidden * (4 * hidden + 2 * inter), 3 * hidden + inter + 2 * hidden  # of a layer's four matrices
     bytes_of = {"f16": 2 * elements, "q8_row": elements + 4 * rows, "q4_g128": elements // 2 + elements // 128 * 3,

@@ -4,12 +4,14 @@
     python tools/bench_kernels.py                                             # CodeFuse-13B's shape, all formats, 1 row at position 320
     python tools/bench_kernels.py --rows 1,8,64 --position 1000 --formats q8_row --json kernels.json
     python tools/bench_kernels.py --rows "" --prefill 512,1024
+    python tools/bench_kernels.py --tensor-parallel 2 --rows 1,8,64 --prefill 512
 
 Random weights of a preset's shape; every layer has its own, so that none stay in a cache. A figure is of what the named ops launch in all
 layers, recorded as one CUDA graph and replayed, over the number of layers: the median of --repeats, in microseconds a layer. Bytes alone: what a
 layer's matrices (and the keys and values of the rows' sequences) take at the read bandwidth measured in the same run.
 Decode rows are each of a sequence of its own. Prefill rows are one prompt from its beginning; a product of T rows with N x K weights is 2 T N K
-operations, attention 4 heads x head_dim for each pair of a row and a position it sees.
+operations, attention 4 heads x head_dim for each pair of a row and a position it sees. With --tensor-parallel also what the sum over that many GPUs takes
+that a layer ends with, on average of 1,000 one behind the other; the layers themselves are whole, on one GPU.
 """
 
 from __future__ import annotations
@@ -71,6 +73,11 @@ def measure(a: argparse.Namespace, weights: Path, bandwidth: float) -> dict[str,
     return out
 
 
+def exchanges(a: argparse.Namespace) -> list[dict[str, float]]:
+    ranks, hidden = _native.testing.Ranks(a.device, a.tensor_parallel), PRESETS[a.preset]["hidden_size"]
+    return [{"rows": rows, "us": 1e6 * ranks.time_sums(rows * hidden)} for rows in sorted({*a.rows, *a.prefill})]
+
+
 def as_text(r: dict[str, Any]) -> str:
     formats = list(r["formats"])
     some = r["formats"][formats[0]]
@@ -85,6 +92,9 @@ def as_text(r: dict[str, Any]) -> str:
         each = [r["formats"][f]["prefill"][i] for f in formats]
         cell = lambda e, what: f"{e['us'][what]['median']:.1f}" + (f" ({e['tflops'][what]:,.1f})" if e["tflops"][what] else "")  # noqa: E731
         out += ["", f"{p['rows']} prefill rows, microseconds a layer (TFLOP/s)", "", table(["", *formats], [[what, *(cell(e, what) for e in each)] for what in PREFILL])]
+    if r["exchanges"]:
+        rows = [[str(e["rows"]), f"{e['us']:.1f}"] for e in r["exchanges"]]
+        out += ["", f"the sum over {r['tensor_parallel']} ranks that a layer ends with, microseconds", "", table(["rows", "us"], rows)]
     return "\n".join(out)
 
 
@@ -109,6 +119,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--position", type=integer(0), default=320, help="of each decode row: so many tokens are before it")
     p.add_argument("--prefill", type=counts("prefill", 65536), default=[1024], metavar="N,..", help='prefill rows; "": none')
     p.add_argument("--device", type=device, default="cuda", help="cuda, cuda:N or cpu")
+    p.add_argument("--tensor-parallel", type=integer(1, 64), default=1, help="GPUs whose sums are measured, --device the first")
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="of activations and KV cache")
     p.add_argument("--repeats", type=integer(1), default=15)
     p.add_argument("--threads", type=integer(0, 1024), default=0, help="CPU threads, 0: all cores")
@@ -131,11 +142,13 @@ def main(argv: list[str] | None = None) -> int:
             with tempfile.TemporaryDirectory() as temp:
                 write_random(a.preset, Path(temp) / "weights", format, 0, on_disk=False)
                 formats[format] = measure(a, Path(temp) / "weights", bandwidth)
+        between = exchanges(a) if a.tensor_parallel > 1 else []
     except (ValueError, RuntimeError, OSError) as e:
         print(f"bench_kernels: {e}", file=sys.stderr)
         return 1
     device = next(iter(formats.values()))["device"]
-    r = {"preset": a.preset, "device_name": device_name(device), "read_bandwidth_gb_s": bandwidth / 1e9, "repeats": a.repeats, "formats": formats, "commit": git_commit(),
+    r = {"preset": a.preset, "device_name": device_name(device), "read_bandwidth_gb_s": bandwidth / 1e9, "repeats": a.repeats, "formats": formats, "tensor_parallel": a.tensor_parallel, "exchanges": between,
+         "commit": git_commit(),
          "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")}
     print(as_text(r))
     if a.json:

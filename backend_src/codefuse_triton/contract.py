@@ -222,7 +222,7 @@ MODELS = (
               Setting("device", "auto", "auto (cuda if there is one, else cpu), cpu, cuda or cuda:N"),
               Setting("dtype", "auto", "of activations and KV cache; auto: the checkpoint's on cuda, float32 on cpu",
                       choices=("auto", "float32", "float16", "bfloat16")),
-              Setting("tensor_parallel", "1", "GPUs that share the weights", int, 1, 64),
+              Setting("tensor_parallel", "1", "GPUs that share the weights: device and those after it, up to 8, which must have access to each other's memory", int, 1, 64),
               Setting("slots", "16", "requests computed at the same time", int, 1, 64),
               Setting("kv_memory_mb", "0", "KV cache in MiB; 0: decided from slots and max_len or from free memory", int,
                       0, 2**24),
