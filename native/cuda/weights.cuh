@@ -6,7 +6,7 @@
 //   q8_row    128 columns a chunk, the first 64 of all row tiles before the others; 16 bytes are two fragments: words (columns 2t, 2t + 1),
 //             (2t + 8, 2t + 9) of the first, then of the second; bytes 0, 2 of a word are row g, bytes 1, 3 row g + 8, as
 //             code + 128. After the chunks a float32 scale per row.
-//   q4_g128,  256 columns a chunk, by 64 columns and then by row tile; 16 bytes are four fragments, a word each; digits 0, 4 of a word are
+//   q4_g128,  128 columns a chunk, by 64 columns and then by row tile; 16 bytes are four fragments, a word each; digits 0, 4 of a word are
 //   q4_g64    columns 2t, 2t + 1 of row g, digits 1, 5 of row g + 8, digits 2, 6 columns 2t + 8, 2t + 9 of row g, digits 3, 7 of row
 //             g + 8. A chunk ends with its float16 scales and then its zeros, [row tile][g][group of 128 or 64 columns][row g, row g + 8];
 //             for float16, row g + 8's zero is times 16.
@@ -23,7 +23,7 @@ namespace codefuse::cuda {
 
 constexpr int kTile8 = 16 * 64, kTile4 = kTile8 / 2;  // bytes of a row tile's 64 columns
 constexpr int kCols8 = 128, kBytes8 = kGroupRows * kCols8;
-constexpr int kCols4 = 256, kCodes4 = kGroupRows * kCols4 / 2;
+constexpr int kCols4 = 128, kCodes4 = kGroupRows * kCols4 / 2;
 // of a chunk of 4-bit codes in groups of so many columns
 constexpr int groups4(int group_cols) { return kCols4 / group_cols; }
 constexpr int scales4(int group_cols) { return kGroupRows * groups4(group_cols) * 2; }  // bytes
