@@ -133,9 +133,10 @@ def test_reopening_leaves_no_memory_behind(tmp_path):
         with Engine(path, device="cuda", tensor_parallel=2, kv_memory_mb=512) as engine:
             said.append(engine.generate([5, 6, 7], max_tokens=20, ignore_eos=True).token_ids.tolist())
             inside = [g.free_memory for g in gpus]
+        del engine  # which has the memory
         free.append([g.free_memory for g in gpus])
     assert all(s == said[0] for s in said)
-    assert all(after - before > 256 << 20 for before, after in zip(inside, free[-1]))
+    assert min(after - before for before, after in zip(inside, free[-1])) > 256 << 20
     assert all(abs(a - b) <= 8 << 20 for now in free[1:] for a, b in zip(now, free[0]))
 
 

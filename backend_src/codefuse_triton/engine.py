@@ -292,7 +292,7 @@ class Engine:
         return self._native.stats()
 
     def close(self, drain_s: float = 0.0) -> None:
-        """Refuses new requests, waits up to drain_s seconds for those at hand, cancels the rest."""
+        """Refuses new requests, waits up to drain_s seconds for those at hand, cancels the rest. Memory goes with the object."""
         self._native.close(drain_s)
 
     def __enter__(self) -> Engine:
