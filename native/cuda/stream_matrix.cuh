@@ -207,16 +207,14 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : kWarps<NG> * 32 + 32
 #endif
 }
 
-// A chunk and its x in the ring, and how many of them there is room for.
-template <class W, int NG> constexpr int kStageBytes = W::kBytes + W::kCols / 64 * NG * kXTile;
-template <class W, int NG>
-int stages_of(const Stream& s) {
-  return std::min((s.shared_max - s.beside - 2048 - (s.bulk_copy ? kStashFloats<NG> * 4 : 0)) / kStageBytes<W, NG>, s.bulk_copy ? kStages : 4);
-}
+constexpr int kLeastShared = 101376;  // bytes a block may have on the GPUs that have the least, 8.6 and 8.9
+template <class W, int NG> constexpr int kStageBytes = W::kBytes + W::kCols / 64 * NG * kXTile;  // of a chunk and its x
 
 template <class W, int NG>
 void launch_stream(const Stream& s, DType act, Args& a) {
-  a.stages = stages_of<W, NG>(s);
+  constexpr int kReserve = 2048;  // alignment, and barriers
+  static_assert(2 * kStageBytes<W, NG> + kReserve <= kLeastShared, "a ring has two stages at least");
+  a.stages = std::min((s.shared_max - s.beside - kReserve - (s.bulk_copy ? kStashFloats<NG> * 4 : 0)) / kStageBytes<W, NG>, s.bulk_copy ? kStages : 4);
   if (a.stages < 2) throw DeviceError(cat("CUDA: this device's ", s.shared_max, " bytes of shared memory per block are too few"));
   if (s.bulk_copy)
     for (int i = 0; i < 2; ++i)
@@ -225,29 +223,14 @@ void launch_stream(const Stream& s, DType act, Args& a) {
          size_t(ring_bytes<W>(a.stages)) + size_t(a.stages) * (kStageBytes<W, NG> - W::kBytes) + 1024, a);
 }
 
-// rows [T, K] x matrix of chunks of W; x of kDecodeRows rows at most. Where shared memory has room for the x of fewer rows only (99 KB: 16
-// rows in 4 bits), in several launches.
+// rows [T, K] x matrix of chunks of W; x of kDecodeRows rows at most
 template <class W>
-void stream_rows(const Stream& s, DType act, const Args& all) {
-  if (all.T < 1 || all.T > kDecodeRows) throw DeviceError(cat("CUDA: a decode product of ", all.T, " rows; at most ", kDecodeRows));
-  const int most = stages_of<W, 8>(s) >= 2 ? kDecodeRows : stages_of<W, 4>(s) >= 2 ? 32 : stages_of<W, 2>(s) >= 2 ? 16 : 8;
-  for (int row = 0; row < all.T; row += most) {
-    Args a = all;
-    a.T = std::min(most, all.T - row);
-    for (Source& from : a.source)
-      if (from.x) from.x += size_t(row) * from.K * 2;
-    for (Output& to : a.output)
-      if (to.N) to.epilogue.y = static_cast<char*>(to.epilogue.y) + size_t(row) * to.N * (to.epilogue.store == Store::act ? 2 : 4);
-    if (row + most < all.T) a.ready = nullptr;  // all is stored when the last launch's is
-    if (a.T <= 8)
-      launch_stream<W, 1>(s, act, a);
-    else if (a.T <= 16)
-      launch_stream<W, 2>(s, act, a);
-    else if (a.T <= 32)
-      launch_stream<W, 4>(s, act, a);
-    else
-      launch_stream<W, 8>(s, act, a);
-  }
+void stream_rows(const Stream& s, DType act, Args& a) {
+  if (a.T < 1 || a.T > kDecodeRows) throw DeviceError(cat("CUDA: a decode product of ", a.T, " rows; at most ", kDecodeRows));
+  if (a.T <= 8) return launch_stream<W, 1>(s, act, a);
+  if (a.T <= 16) return launch_stream<W, 2>(s, act, a);
+  if (a.T <= 32) return launch_stream<W, 4>(s, act, a);
+  return launch_stream<W, 8>(s, act, a);
 }
 
 template <class W>
