@@ -114,11 +114,13 @@ def test_a_row_is_the_same_alone_and_in_any_batch(both, format, n, k):
         np.testing.assert_array_equal(both.cuda.linear(rows_batch(0, count), part, w, format, bias), mixed[64 + first:64 + first + count])
 
 
+@pytest.mark.parametrize("head_dim", [16, 128])
 @pytest.mark.parametrize("format,n,k", [("q4_g128", 520, 640), ("q4_g128", 512, 4096), ("q4_g64", 520, 576), ("q4_g64", 512, 4096), ("q8_row", 257, 192)])
-def test_little_shared_memory(both, format, n, k):
-    """99 KB a block, as GPUs of 8.6 and 8.9 have (and on Hopper what the ends of row groups take), hold rings of two stages: the bits are the same."""
+def test_little_shared_memory(both, format, n, k, head_dim):
+    """99 KB a block, as GPUs of 8.6 and 8.9 have (and on Hopper what the ends of row groups take), hold rings of two stages, attention (of head_dim
+    128) has no room beside some: the bits are the same."""
     little = testing.Ops("cuda:0", both.dtype, shared_max=101376 + 2048)
-    little.plan(test_cuda.config(), test_cuda.SLOTS, test_cuda.ROWS, test_cuda.MAX_LEN, 512)
+    little.plan(test_cuda.config(head_dim=head_dim, rope_dim=16), test_cuda.SLOTS, test_cuda.ROWS, test_cuda.MAX_LEN, 512)
     rng = np.random.default_rng(n)
     w, w2 = matrix(format, n, k), matrix(format, n, k, 1)
     bias, bias2 = rng.standard_normal((2, n)).astype(np.float32)

@@ -214,7 +214,8 @@ template <class W, int NG>
 void launch_stream(const Stream& s, DType act, Args& a) {
   constexpr int kReserve = 2048;  // alignment, and barriers
   static_assert(2 * kStageBytes<W, NG> + kReserve <= kLeastShared, "a ring has two stages at least");
-  a.stages = std::min((s.shared_max - s.beside - kReserve - (s.bulk_copy ? kStashFloats<NG> * 4 : 0)) / kStageBytes<W, NG>, s.bulk_copy ? kStages : 4);
+  const int room = s.shared_max - kReserve - (s.bulk_copy ? kStashFloats<NG> * 4 : 0), beside = (room - s.beside) / kStageBytes<W, NG>;
+  a.stages = std::min(beside >= 2 ? beside : room / kStageBytes<W, NG>, s.bulk_copy ? kStages : 4);  // attention has room beside two
   if (a.stages < 2) throw DeviceError(cat("CUDA: this device's ", s.shared_max, " bytes of shared memory per block are too few"));
   if (s.bulk_copy)
     for (int i = 0; i < 2; ++i)
