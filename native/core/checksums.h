@@ -25,8 +25,6 @@ struct FileRecord {
 // The "files" of a config.json, empty if it has none; LoadError names the key, the value found and what was expected.
 std::vector<FileRecord> parse_file_records(const std::string& config_text, const std::string& path);
 
-// Hashes the files while they are loaded: what a device reads through read() is hashed on the way, while it is in the cache, whatever the
-// order in which it is read; the rest afterwards.
 // Holds the files to their records while they are loaded. What a device reads through read() is hashed on the way, while it is in the cache
 // and in whatever order it is read; the rest is hashed after that.
 class Verification {

@@ -32,6 +32,20 @@ __device__ __forceinline__ uint32_t transposed(uint32_t a) {
   return v;
 }
 
+// Waits for the rows that qkv holds; all threads of the block.
+__device__ __forceinline__ void wait_for(const Ready& ready) {
+  if (!ready.counter) return grid_wait();
+  if (threadIdx.x == 0) {
+    int32_t stored = 0;
+    while (true) {
+      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(stored) : "l"(ready.counter) : "memory");
+      if (stored >= ready.expected) break;
+      __nanosleep(32);
+    }
+  }
+  __syncthreads();
+}
+
 // grid (kv_heads x ceil(group / kHeads), rows, segments)
 template <class T, int D, bool FUSE>
 __global__ void __launch_bounds__(kWarps * 32, 4) attend(T* __restrict__ out, const T* __restrict__ qkv, T* keys, T* values, const DecodeAttention a) {

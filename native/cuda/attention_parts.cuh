@@ -45,20 +45,6 @@ __device__ __forceinline__ void unpack(const Eight<T>& v, float (&f)[8]) {
   }
 }
 
-// Waits for the rows that qkv holds; all threads of the block.
-__device__ __forceinline__ void wait_for(const Ready& ready) {
-  if (!ready.counter) return grid_wait();
-  if (threadIdx.x == 0) {
-    int32_t stored = 0;
-    while (true) {
-      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(stored) : "l"(ready.counter) : "memory");
-      if (stored >= ready.expected) break;
-      __nanosleep(32);
-    }
-  }
-  __syncthreads();
-}
-
 // The blocks that share a row's heads have each left their parts: true in the last of them, in all its threads.
 __device__ __forceinline__ bool is_last_of(int32_t* arrived, int blocks) {
   __shared__ int is_last;

@@ -76,8 +76,8 @@ template <> __device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float a, fl
 }
 
 // ---- dependent launch -------------------------------------------------------------------------------------------------
-// Every kernel calls both: launch_dependents first, and grid_wait before it reads what another kernel wrote or writes anything.
-// All threads wait, so that the end of a kernel implies the end of all kernels before it.
+// Every kernel calls both: launch_dependents first, and grid_wait before it reads what another kernel wrote or writes anything (attention
+// may learn otherwise that it can: Ready). Some of its threads end only after that, so that the end of a kernel implies the end of all before it.
 __device__ __forceinline__ void launch_dependents() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
