@@ -12,9 +12,10 @@ constexpr int kRanksMost = 8;
 constexpr uint64_t kPatienceNs = 20'000'000'000;
 
 // Blocks of a launch, always as many: block b waits for block b of the other ranks, and counts the launches it has been in.
-// All of a launch must be resident at once; they are fewer than any device has multiprocessors.
+// All of a launch must be resident at once: two of the large ones fit on a multiprocessor (64 registers a thread or fewer).
 constexpr int kSmallBlocks = 32, kSmallThreads = 256, kSmallPairs = 4;  // pairs of floats a thread
 constexpr int kLargeBlocks = 64, kLargeThreads = 512;
+constexpr int kMultiprocessorsLeast = kLargeBlocks / 2;
 constexpr int kSmallFloats = kSmallBlocks * kSmallThreads * kSmallPairs * 2;  // of one exchange: value and round together, sent to all
 constexpr int kLargeFloats = 1 << 20;                                         // of one exchange: each rank adds its share of them
 

@@ -76,13 +76,18 @@ class CudaGroup final : public CommGroup {
  public:
   CudaGroup(int first, int world) {
     if (world > kRanksMost) throw ValueError(cat("tensor_parallel is ", world, "; expected 1 to ", kRanksMost, " on GPUs"));
-    for (int a = first; a < first + world; ++a)
+    for (int a = first; a < first + world; ++a) {
+      int sms = 0;
+      cuda::check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, a), "multiprocessors");
+      if (sms < kMultiprocessorsLeast)
+        throw ValueError(cat("tensor_parallel is ", world, ", but cuda:", a, " has ", sms, " multiprocessors; expected ", kMultiprocessorsLeast, " or more"));
       for (int b = first; b < first + world; ++b) {
         int can = a == b;
         if (a != b) cuda::check(cudaDeviceCanAccessPeer(&can, a, b), "asking what GPUs share");
         if (!can)
           throw ValueError(cat("tensor_parallel is ", world, ", but cuda:", a, " cannot use the memory of cuda:", b, ": no peer access between the two on this machine"));
       }
+    }
     mail_.rank = -1;
     mail_.world = world;
     for (int r = 0; r < world; ++r) {
@@ -95,7 +100,11 @@ class CudaGroup final : public CommGroup {
     cuda::check(cudaHostAlloc(reinterpret_cast<void**>(&mail_.failed), sizeof(int32_t), cudaHostAllocPortable | cudaHostAllocMapped), "pinned memory");
     *mail_.failed = 0;
   }
-  ~CudaGroup() override { cudaFreeHost(mail_.failed); }
+  ~CudaGroup() override {
+    const auto lock = Turns::several();
+    boxes_.clear();
+    cudaFreeHost(mail_.failed);
+  }
 
   std::unique_ptr<Comm> join(int rank, Ops& ops) override {
     Mail mail = mail_;
