@@ -21,6 +21,7 @@ namespace {
 class TestRanks {
  public:
   TestRanks(const std::string& device, int world) {
+    if (world < 2) throw ValueError(cat("world is ", world, "; expected 2 or more"));
     for (int r = 0; r < world; ++r) ops_.push_back(make_ops(rank_device(device, r, world), "float32", DType::f32, 1));
     if (ops_[0]->device() == "cpu")
       group_ = std::make_unique<ThreadGroup>(world);

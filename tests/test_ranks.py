@@ -73,6 +73,12 @@ def test_a_rank_that_does_not_come_leaves_nobody_waiting(device, world, n):
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.parametrize("world", [-1, 0, 1])
+def test_one_rank_has_nobody_to_exchange_with(world):
+    with pytest.raises(ValueError, match=f"world is {world}; expected 2 or more"):
+        testing.Ranks("cpu", world)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(GPUS == 0, reason=f"no CUDA device: {devices()[1]}")
 def test_more_ranks_than_gpus():
