@@ -224,7 +224,7 @@ MODELS = (
                       choices=("auto", "float32", "float16", "bfloat16")),
               Setting("tensor_parallel", "1", "GPUs that share the weights: device and those after it, up to 8, which must have access to each other's memory", int, 1, 64),
               Setting("slots", "16", "requests computed at the same time", int, 1, 64),
-              Setting("kv_memory_mb", "0", "KV cache in MiB; 0: decided from slots and max_len or from free memory", int,
+              Setting("kv_memory_mb", "0", "KV cache in MiB, of each GPU; 0: decided from slots and max_len or from free memory", int,
                       0, 2**24),
               Setting("queue", "256", "requests that may wait; one more is refused", int, 1, 2**20),
               Setting("max_len", "0", "longest prompt + text in tokens; 0: the model's", int, 0, 2**24),

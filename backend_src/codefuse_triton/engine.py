@@ -75,8 +75,8 @@ class Engine:
 
     device: "cpu", "cuda", "cuda:N" or "auto" (CUDA if there is one). dtype: "float32", "float16", "bfloat16" or "auto"
     (the CPU computes in float32, CUDA in the checkpoint's type). slots: sequences that run at once. prefill_tokens: prompt
-    tokens of one step. max_len: prompt and new tokens of one request, 0 for the model's limit. kv_memory_mb: 0 for a
-    default. queue: requests that may wait beyond the slots. threads: of the CPU, 0 for all cores. prefix_cache: "on": requests
+    tokens of one step. max_len: prompt and new tokens of one request, 0 for the model's limit. kv_memory_mb: of each GPU,
+    0 for a default. queue: requests that may wait beyond the slots. threads: of the CPU, 0 for all cores. prefix_cache: "on": requests
     with the same beginning compute it once, where that changes no bit of a result: prompts after prompts and, on the CPU, after
     generated text; "generated": after generated text on a GPU too, which rounds it differently; "off".
 

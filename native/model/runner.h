@@ -16,7 +16,7 @@ struct RunnerOptions {
   int slots = 16;                // 1..kDecodeRows
   int prefill_rows = 512;        // prompt tokens of one step at most
   int max_len = 0;               // 0: the model's max_positions
-  int64_t kv_bytes = 0;          // of each rank; 0: CPU: enough for 4 sequences of max_len; CUDA: 90 % of what is free after the weights
+  int64_t kv_bytes = 0;          // of each rank; 0: CPU: enough for 4 sequences of max_len; CUDA: for 4 x slots, at most 90 % of what is free after the weights
   int threads = 0;               // CPU threads of all ranks together, 0: all cores
 };
 
