@@ -1,4 +1,4 @@
-// Files that are read and checked, for tests/test_checksums.py and tests/test_weights.py.
+// Files that are read and checked, for tests/test_checksums.py and tests/test_fits.py.
 #include "bind_testing.h"
 
 #include <pybind11/stl.h>

@@ -157,18 +157,6 @@ class TestOps {
     return py::make_tuple(read(y), read(kb), read(vb));
   }
 
-  Floats zero(const py::dict& batch, const Floats& y) {
-    Buffer b = in(y, DType::f32);
-    run(batch, [&] { ops_->zero(b.floats(), y.shape(1)); });
-    return read(b);
-  }
-
-  Floats add(const py::dict& batch, const Floats& y, const Floats& x) {
-    Buffer to = in(y, DType::f32), from = in(x, DType::f32);
-    run(batch, [&] { ops_->add(to.floats(), from.floats(), y.shape(1)); });
-    return read(to);
-  }
-
   Floats take_columns(const py::dict& batch, const Floats& x, const py::array_t<int32_t>& order) {
     if (x.ndim() != 2 || order.ndim() != 1 || x.shape(1) != order.size()) throw ValueError("order: expected one index per column of x");
     for (py::ssize_t i = 0; i < order.size(); ++i)
@@ -316,8 +304,6 @@ void bind_testing_ops(py::module_& m) {
       .def("rope_store", &TestOps::rope_store, "batch"_a, "qkv"_a, "k"_a, "v"_a, "heads"_a, "kv_heads"_a)
       .def("attention", &TestOps::attention, "batch"_a, "qkv"_a, "k"_a, "v"_a, "heads"_a, "kv_heads"_a)
       .def("rope_attention", &TestOps::rope_attention, "batch"_a, "qkv"_a, "k"_a, "v"_a, "heads"_a, "kv_heads"_a)
-      .def("zero", &TestOps::zero, "batch"_a, "y"_a)
-      .def("add", &TestOps::add, "batch"_a, "y"_a, "x"_a)
       .def("take_columns", &TestOps::take_columns, "batch"_a, "x"_a, "order"_a)
       .def("gather_logit_rows", &TestOps::gather_logit_rows, "batch"_a, "x"_a)
       .def("sample", &TestOps::sample, "batch"_a, "logits"_a)

@@ -223,11 +223,9 @@ def test_norm(both, hidden, kind):
 
 
 @pytest.mark.parametrize("n", [1, 111, 4096])
-def test_sums_and_gathering(both, n):
+def test_gathering(both, n):
     rng = np.random.default_rng(n)
-    x, y = rng.standard_normal((2, 70, n)).astype(np.float32)
-    both.same("add", rows_batch(3, 67), y, x, eps=0)
-    both.same("zero", rows_batch(3, 67), y, eps=0)
+    x = rng.standard_normal((70, n)).astype(np.float32)
     both.same("gather_logit_rows", rows_batch(3, 67, [0, 69, 5, 5]), x, eps=0)
     both.same("take_columns", rows_batch(3, 67), both.round(x), rng.permutation(n).astype(np.int32), eps=0)
 

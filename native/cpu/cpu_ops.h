@@ -44,8 +44,6 @@ class CpuOps final : public Ops {
   void copy_pages(const std::vector<KvLayer>& layers, const ModelConfig& c, int kv_heads) override;
   void rope_store(void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) override;
   void attention(void* out, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) override;
-  void zero(float* y, int64_t n_per_row) override;
-  void add(float* y, const float* x, int64_t n_per_row) override;
   void take_columns(void* y, const void* x, const int32_t* order, int64_t k) override;
   void gather_logit_rows(float* y, const float* x, int hidden) override;
   void norm_logit_rows(void* y, const float* x, const Norm& n, NormKind kind, float eps, int hidden) override;

@@ -45,12 +45,6 @@ void CpuOps::gate(void* y, const void* gate, const void* up, Activation act_fn, 
   });
 }
 
-void CpuOps::zero(float* y, int64_t n_per_row) { std::memset(y, 0, size_t(batch_->rows() * n_per_row) * sizeof(float)); }
-
-void CpuOps::add(float* y, const float* x, int64_t n_per_row) {
-  for (int64_t i = 0; i < batch_->rows() * n_per_row; ++i) y[i] += x[i];
-}
-
 void CpuOps::gather_logit_rows(float* y, const float* x, int hidden) {
   for (int s = 0; s < batch_->samples(); ++s)
     std::memcpy(y + int64_t(s) * hidden, x + int64_t(batch_->logit_row[s]) * hidden, size_t(hidden) * sizeof(float));

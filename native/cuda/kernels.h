@@ -115,8 +115,6 @@ void norm(const Stream& s, DType act, void* y, const float* x, const Norm& n, No
 // two norms of the same x; each equals norm() bit for bit
 void norm_pair(const Stream& s, DType act, void* ya, const Norm& a, void* yb, const Norm& b, const float* x, NormKind kind, float eps, int T, int hidden);
 void gate(const Stream& s, DType act, void* y, const void* gate, const void* up, Activation fn, int64_t n);
-void zero(const Stream& s, float* y, int64_t n);
-void add(const Stream& s, float* y, const float* x, int64_t n);
 
 void copy_pages(const Stream& s, DType act, const std::vector<KvLayer>& layers, const StepMeta& m, int copies, int kv_heads, int head_dim);
 

@@ -176,9 +176,6 @@ void CudaOps::prefill_attention(void* out, const void* qkv, const KvLayer& kv, c
     attention_tiles(s_, act_, out, qkv, kv, meta_, {tiles_, rows_, limits_.pages, prefill_keys_}, a);
 }
 
-void CudaOps::zero(float* y, int64_t n) { cuda::zero(s_, y, rows_ * n); }
-void CudaOps::add(float* y, const float* x, int64_t n) { cuda::add(s_, y, x, rows_ * n); }
-
 void CudaOps::take_columns(void* y, const void* x, const int32_t* order, int64_t k) { cuda::take_columns(s_, act_, y, x, order, rows_, k); }
 
 void CudaOps::gather_logit_rows(float* y, const float* x, int hidden) {

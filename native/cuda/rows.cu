@@ -1,4 +1,4 @@
-// Rows in and out of the residual stream: embedding, learned positions, gathering, sums.
+// Rows in and out of the residual stream: embedding, learned positions, gathering.
 #include "cuda/kernels.h"
 #include "cuda/tiles.cuh"
 
@@ -55,20 +55,6 @@ void run_take(const Stream& s, void* y, const void* x, const int32_t* order, int
   launch(s, take<T>, dim3(unsigned(rows), unsigned((k + 255) / 256)), 256, 0, static_cast<T*>(y), static_cast<const T*>(x), order, k);
 }
 
-__global__ void zero_all(float* y, int64_t n) {
-  launch_dependents();
-  grid_wait();
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) y[i] = 0.f;
-}
-
-__global__ void add_all(float* y, const float* x, int64_t n) {
-  launch_dependents();
-  grid_wait();
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += int64_t(gridDim.x) * blockDim.x) y[i] += x[i];
-}
-
-int blocks_for(int64_t n) { return int(std::min<int64_t>((n + 255) / 256, 1024)); }
-
 template <class T>
 void run_embed(const Stream& s, float* x, const void* table, const StepMeta& m, int rows, int hidden, int vocab) {
   launch(s, embed_rows<T>, dim3(rows, std::min((hidden + 255) / 256, 8)), 256, 0, x, static_cast<const T*>(table), m, hidden, vocab);
@@ -95,7 +81,5 @@ void take_columns(const Stream& s, DType act, void* y, const void* x, const int3
   act == DType::f32 ? run_take<float>(s, y, x, order, T, k) : run_take<uint16_t>(s, y, x, order, T, k);
 }
 void gather_rows(const Stream& s, float* y, const float* x, const int32_t* row, int S, int hidden) { launch(s, gather, S, 256, 0, y, x, row, hidden); }
-void zero(const Stream& s, float* y, int64_t n) { launch(s, zero_all, blocks_for(n), 256, 0, y, n); }
-void add(const Stream& s, float* y, const float* x, int64_t n) { launch(s, add_all, blocks_for(n), 256, 0, y, x, n); }
 
 }  // namespace codefuse::cuda

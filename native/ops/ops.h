@@ -114,8 +114,6 @@ class Ops {
     rope_store(qkv, kv, c, heads, kv_heads);
     attention(out, qkv, kv, c, heads, kv_heads);
   }
-  virtual void zero(float* y, int64_t n_per_row) = 0;                                // y [T, n_per_row] = 0
-  virtual void add(float* y, const float* x, int64_t n_per_row) = 0;                 // y [T, n_per_row] += x
   // y[s] = x[logit_row[s]]
   virtual void gather_logit_rows(float* y /*[S,H]*/, const float* x /*[T,H]*/, int hidden) = 0;
   // As norm() and linear() over the S rows of gather_logit_rows; logits stay float32.
