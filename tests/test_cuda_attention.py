@@ -15,22 +15,23 @@ ATTENTION = [dict(heads=4, kv_heads=4, head_dim=64, rope_dim=64), dict(heads=4, 
              dict(heads=3, kv_heads=3, head_dim=128, rope_dim=0, window=1), dict(heads=24, kv_heads=2, head_dim=128, rope_dim=64)]
 
 
-def cache(rng, shape, pages):
-    size = (pages, shape["kv_heads"], PAGE, shape["head_dim"])
-    return rng.standard_normal(size), rng.standard_normal(size)
+def case(dtype: str, shape: dict[str, int], seed: int, pages: int = 128, max_len: int = MAX_LEN):
+    """Random numbers, the ops of both devices, K and V of all pages, the page tables, qkv(batch, scale) of a batch's rows."""
+    rng, both = np.random.default_rng(seed), Both(dtype, pages, max_len, **shape)
+    heads, kv_heads, d = shape["heads"], shape["kv_heads"], shape["head_dim"]
+    k, v = [both.round(x) for x in [rng.standard_normal((pages, kv_heads, PAGE, d)) for _ in range(2)]]
+    return rng, both, k, v, Pages(SLOTS, max_len, pages), lambda batch, scale=1.0: both.round(
+        rng.standard_normal((len(batch["token"]), (heads + 2 * kv_heads) * d)) * scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ATTENTION, ids=lambda s: f"d{s['head_dim']}x{s['heads']}/{s['kv_heads']}w{s.get('window', 0)}")
 def test_attention(dtype, shape):
-    rng, pages = np.random.default_rng(3), 128
-    both = Both(dtype, pages, **shape)
-    heads, kv_heads, d = shape["heads"], shape["kv_heads"], shape["head_dim"]
-    k, v = map(both.round, cache(rng, shape, pages))
-    table = Pages(SLOTS, MAX_LEN, pages)
+    _, both, k, v, table, qkv_of = case(dtype, shape, 3)
+    heads, kv_heads = shape["heads"], shape["kv_heads"]
     decode = [(0, 1, 0), (1, 1, 31), (2, 1, 127), (3, 1, 128), (4, 1, 700), (5, 1, 255), (6, 1, 1), (7, 1, 33)]
     batch = make_batch(table, decode=decode, prefill=[(8, [1] * 150, 0), (9, [1] * 65, 300), (10, [1], 64), (11, [1] * 3, 62)], logits="none")
-    qkv = both.round(rng.standard_normal((len(batch["token"]), (heads + 2 * kv_heads) * d)))
+    qkv = qkv_of(batch)
     both.same("rope_store", batch, qkv, k, v, heads, kv_heads)
     # what the rows of this step stored is in the cache before they attend
     _, k, v = map(both.round, both.cpu.rope_store(batch, qkv, k, v, heads, kv_heads))
@@ -53,18 +54,15 @@ def test_attention(dtype, shape):
                          ids=lambda s: f"d{s['head_dim']}x{s['heads']}/{s['kv_heads']}w{s.get('window', 0)}")
 def test_attention_of_prefill_rows_sees_its_own_positions(dtype, shape):
     """What lies behind the sequences' ends and in other pages, NaN even, changes no bit; chunks of any size equal the whole."""
-    rng, pages = np.random.default_rng(5), 128
-    both = Both(dtype, pages, **shape)
-    heads, kv_heads, d = shape["heads"], shape["kv_heads"], shape["head_dim"]
-    k, v = map(both.round, cache(rng, shape, pages))
-    table, chunks = Pages(SLOTS, MAX_LEN, pages), [(8, 150, 0), (9, 65, 300), (10, 1, 64), (11, 3, 62), (12, 129, 255)]
+    rng, both, k, v, table, qkv_of = case(dtype, shape, 5)
+    heads, kv_heads, chunks = shape["heads"], shape["kv_heads"], [(8, 150, 0), (9, 65, 300), (10, 1, 64), (11, 3, 62), (12, 129, 255)]
     batch = make_batch(table, prefill=[(slot, [1] * count, first) for slot, count, first in chunks], logits="none")
-    qkv = both.round(rng.standard_normal((len(batch["token"]), (heads + 2 * kv_heads) * d)))
+    qkv = qkv_of(batch)
     eps = {"float32": 4e-6, "float16": 3e-3, "bfloat16": 2e-2}[dtype]
     both.same("attention", batch, qkv, k, v, heads, kv_heads, eps=eps)
     whole = both.cuda.attention(batch, qkv, k, v, heads, kv_heads)
 
-    own = np.zeros((pages, PAGE), bool)
+    own = np.zeros((len(k), PAGE), bool)
     for slot, count, first in chunks:
         for position in range(first + count):
             own[table.table(slot, first + count)[position // PAGE], position % PAGE] = True
@@ -84,15 +82,12 @@ def test_attention_of_prefill_rows_sees_its_own_positions(dtype, shape):
 @pytest.mark.parametrize("shape", ATTENTION, ids=lambda s: f"d{s['head_dim']}x{s['heads']}/{s['kv_heads']}w{s.get('window', 0)}")
 def test_rope_attention(dtype, shape):
     """Equals rope_store, then attention, bit for bit: decode rows alone, beside chunks, two of one sequence."""
-    rng, pages = np.random.default_rng(4), 128
-    both = Both(dtype, pages, **shape)
-    heads, kv_heads, d = shape["heads"], shape["kv_heads"], shape["head_dim"]
-    k, v = map(both.round, cache(rng, shape, pages))
-    table = Pages(SLOTS, MAX_LEN, pages)
+    _, both, k, v, table, qkv_of = case(dtype, shape, 4)
+    heads, kv_heads = shape["heads"], shape["kv_heads"]
     alone = [(0, 1, 0), (1, 1, 31), (2, 1, 127), (3, 1, 128), (4, 1, 700), (5, 1, 255), (6, 1, 1), (7, 1, 33)]
     for decode, prefill in ((alone, []), (alone[4:5], []), (alone, [(8, [1] * 70, 0), (9, [1] * 3, 300)]), (alone + [(4, 1, 701), (7, 1, 34)], [])):
         batch = make_batch(table, decode=decode, prefill=prefill, logits="none")
-        qkv = both.round(rng.standard_normal((len(batch["token"]), (heads + 2 * kv_heads) * d)))
+        qkv = qkv_of(batch)
         turned, keys, values = both.cuda.rope_store(batch, qkv, k, v, heads, kv_heads)
         want = both.cuda.attention(batch, turned, keys, values, heads, kv_heads)
         for got, expected in zip(both.cuda.rope_attention(batch, qkv, k, v, heads, kv_heads), (want, keys, values)):
@@ -122,14 +117,11 @@ FAR = [dict(heads=4, kv_heads=4, head_dim=128, rope_dim=32), dict(heads=8, kv_he
 @pytest.mark.parametrize("shape", FAR, ids=lambda s: f"d{s['head_dim']}x{s['heads']}/{s['kv_heads']}w{s.get('window', 0)}")
 def test_attention_far(dtype, shape):
     """Contexts of many splits; 64 rows share a step with them or not; several rows of one sequence in a step."""
-    rng, pages, max_len = np.random.default_rng(4), 640, 5000
-    both = Both(dtype, pages, max_len, **shape)
-    heads, kv_heads, d = shape["heads"], shape["kv_heads"], shape["head_dim"]
-    k, v = map(both.round, cache(rng, shape, pages))
-    table = Pages(SLOTS, max_len, pages)
+    _, both, k, v, table, qkv_of = case(dtype, shape, 4, pages=640, max_len=5000)
+    heads, kv_heads = shape["heads"], shape["kv_heads"]
     decode = [(0, 1, 4498), (0, 1, 4499), (0, 1, 4500), (1, 1, 2047), (2, 1, 2048), (3, 1, 1151)] + [(s, 1, s) for s in range(4, 62)]
     batch = make_batch(table, decode=decode, prefill=[(62, [1] * 200, 4150)], logits="none")
-    qkv = both.round(rng.standard_normal((len(batch["token"]), (heads + 2 * kv_heads) * d)) * 1.5)
+    qkv = qkv_of(batch, 1.5)
     eps = {"float32": 8e-6, "float16": 4e-3, "bfloat16": 3e-2}[dtype]
     both.same("attention", batch, qkv, k, v, heads, kv_heads, eps=eps)
     whole = both.cuda.attention(batch, qkv, k, v, heads, kv_heads)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .files import on_disk
+
 GENERATOR, TOKENIZER, DETOKENIZER, ENSEMBLE = "generator", "tokenizer", "detokenizer", "ensemble"
 MAX_BATCH = 1  # tensors carry a leading 1; a client's batch is several requests
 # The tokenizer spells that 1 out in its dims instead: the Python backend turns a request without any input away
@@ -316,7 +318,7 @@ def weights_directory(generator: Path, version: str, setting: str) -> Path:
     if setting:
         return generator / setting
     own = generator / version
-    return own / WEIGHTS_LINK if os.path.islink(str(own / WEIGHTS_LINK).encode(errors="surrogateescape")) else own
+    return own / WEIGHTS_LINK if os.path.islink(on_disk(str(own / WEIGHTS_LINK))) else own
 
 
 def write_configs(repository: Path) -> None:
