@@ -79,6 +79,8 @@ class CudaOps final : public Ops {
 
   // ---- ops.cu
   const void* padded(const void* x, int K, int rows);
+  const SplitScratch& integers_for(int Ka, int Kb);
+  const SplitScratch& scratch_for(const Linear& a, const Linear* b);
   void linear_rows(const void* x, const Linear& w, const Epilogue& e, int first, int decode, int rows);
   const void* expanded(const Matrix& m);
   bool streams(const void* x, const Linear& w) const;

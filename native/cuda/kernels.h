@@ -48,7 +48,10 @@ struct Epilogue {
 // Where the blocks of decode_linear leave parts of outputs whose K they share.
 struct SplitScratch {
   float* partial = nullptr;  // [2, SMs, kDecodeRows, kGroupRows], all bits set between launches
+  uint8_t* integers = nullptr;  // rows of x as quantized weights multiply them (stream_x.cuh)
+  size_t integers_bytes = 0;
 };
+constexpr size_t kIntegersBytes = 8 * (2048 + 128);  // of them, of 128 columns of kDecodeRows rows, at most
 
 // How a kernel beside the streaming kernel learns that the latter's first output is stored.
 struct Ready {

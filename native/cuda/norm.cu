@@ -1,12 +1,13 @@
 // LayerNorm and RMSNorm of float32 rows: a block per row and, while there are few rows, output. A row of up to kMost elements is in
-// registers from the first read to the last; gain and bias, which no kernel writes, arrive before the kernel waits for its predecessor.
+// registers from the first read to the last; gain and bias, which no kernel writes, arrive in shared memory before the kernel waits for its
+// predecessor. A block of 8 warps (hidden 5120) leaves room for one of the streaming kernel beside it: of registers, 64 a thread.
 #include "cuda/kernels.h"
 
 namespace codefuse::cuda {
 
 namespace {
 
-constexpr int kThreads = 640, kEach = 4;  // float4 of a row a thread has
+constexpr int kThreads = 512, kEach = 5;  // float4 of a row a thread has
 constexpr int kMost = kThreads * kEach * 4;
 constexpr int kWarps = kThreads / 32;
 constexpr int kManyRows = 256;  // from here on a block makes both outputs: x is read once
@@ -45,14 +46,17 @@ __global__ void __launch_bounds__(kThreads) norm_short(const Outputs out, const 
   for (int i = threadIdx.x; i < 2 * kWarps; i += blockDim.x) (&parts[0][0])[i] = 0.f;
   const Norm n = blockIdx.y ? out.n[1] : out.n[0];
   const int count = hidden / 4;
-  float4 v[kEach], gain[kEach], bias[kEach];
+  extern __shared__ float4 terms[];  // !BOTH: gain, bias [kEach * threads]; a thread reads what it has asked for
+  float4* const gain = terms + threadIdx.x;
+  float4* const bias = gain + kEach * blockDim.x;
+  float4 v[kEach];
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const int at = i * blockDim.x + threadIdx.x;
-    gain[i] = make_float4(1.f, 1.f, 1.f, 1.f), bias[i] = v[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (BOTH) continue;
-    if (n.weight && at < count) gain[i] = reinterpret_cast<const float4*>(n.weight)[at];
-    if (n.bias && at < count) bias[i] = reinterpret_cast<const float4*>(n.bias)[at];
+    v[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (BOTH || at >= count) continue;
+    if (n.weight) copy16(gain + i * blockDim.x, reinterpret_cast<const float4*>(n.weight) + at);
+    if (n.bias) copy16(bias + i * blockDim.x, reinterpret_cast<const float4*>(n.bias) + at);
   }
   __syncthreads();
   grid_wait();
@@ -76,6 +80,7 @@ __global__ void __launch_bounds__(kThreads) norm_short(const Outputs out, const 
   for (int i = 0; i < kEach; ++i)  // spelled out: the same whatever the compiler does with the rest
     squares += __fadd_rn(__fmaf_rn(v[i].x, v[i].x, __fmul_rn(v[i].y, v[i].y)), __fmaf_rn(v[i].z, v[i].z, __fmul_rn(v[i].w, v[i].w)));
   const float scale = 1.f / sqrtf(block_sum(squares, parts[1]) / hidden + eps);
+  copy_wait_all();
   const auto store = [&](T* y, int i, float4 g, float4 b) {
     y += int64_t(blockIdx.x) * hidden + (i * blockDim.x + threadIdx.x) * 4;
     store4(y, make_float4(fmaf(v[i].x * scale, g.x, b.x), fmaf(v[i].y * scale, g.y, b.y), fmaf(v[i].z * scale, g.z, b.z), fmaf(v[i].w * scale, g.w, b.w)));
@@ -93,7 +98,8 @@ __global__ void __launch_bounds__(kThreads) norm_short(const Outputs out, const 
         store(static_cast<T*>(out.y[o]), i, g, b);
       }
     } else {
-      store(static_cast<T*>(blockIdx.y ? out.y[1] : out.y[0]), i, gain[i], bias[i]);
+      store(static_cast<T*>(blockIdx.y ? out.y[1] : out.y[0]), i, n.weight ? gain[i * blockDim.x] : make_float4(1.f, 1.f, 1.f, 1.f),
+            n.bias ? bias[i * blockDim.x] : make_float4(0.f, 0.f, 0.f, 0.f));
     }
   }
 }
@@ -130,7 +136,7 @@ void run(const Stream& s, DType act, const Outputs& o, int outputs, const float*
   const bool both = vectors && outputs == 2 && T >= kManyRows;
   auto go = [&](auto one, auto two, auto any) {
     const int threads = vectors ? (hidden + kEach * 128 - 1) / (kEach * 128) * 32 : kThreads;
-    launch(s, both ? two : vectors ? one : any, dim3(T, both ? 1 : outputs), threads, 0, o, x, kind == NormKind::layer, eps, hidden);
+    launch(s, both ? two : vectors ? one : any, dim3(T, both ? 1 : outputs), threads, vectors && !both ? size_t(2 * kEach * threads) * 16 : 0, o, x, kind == NormKind::layer, eps, hidden);
   };
   switch (act) {
     case DType::f32: return go(norm_short<float, false>, norm_short<float, true>, norm_long<float>);

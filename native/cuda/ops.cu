@@ -17,6 +17,19 @@ bool same_chunks(const Linear& a, const Linear& b) {
 
 }  // namespace
 
+// Room for the integers of decode rows of Ka and of Kb columns.
+const SplitScratch& CudaOps::integers_for(int Ka, int Kb) {
+  const size_t bytes = size_t((Ka + 127) / 128 + (Kb + 127) / 128) * kIntegersBytes;
+  if (bytes > split_.integers_bytes) {  // but for plan()'s call at the first use, which is never recorded
+    split_.integers_bytes = bytes;
+    split_.integers = alloc_array<uint8_t>(bytes);
+  }
+  return split_;
+}
+const SplitScratch& CudaOps::scratch_for(const Linear& a, const Linear* b) {
+  return is_quantized(a.weight.host.format) ? integers_for(int(a.weight.cols), b ? int(b->weight.cols) : 0) : split_;
+}
+
 // x with rows of whole chunks, 16-byte aligned (16-bit act).
 const void* CudaOps::padded(const void* x, int K, int rows) {
   const int columns = int(steps_of(K)) * kChunkCols;
@@ -50,7 +63,7 @@ void CudaOps::linear_rows(const void* x, const Linear& w, const Epilogue& e, int
   const auto* in = static_cast<const char*>(padded(x, K, rows));
   for (int r = first; r < decode; r += kDecodeRows)
     decode_linear(s_, act_, std::min(kDecodeRows, decode - r), {in + int64_t(r) * columns * 2, w.weight.data, columns, w.weight.host.format},
-                  {N, epilogue_at(r)}, split_);
+                  {N, epilogue_at(r)}, scratch_for(w, nullptr));
   if (rows == decode) return;
   const char* const from = in + int64_t(decode) * columns * 2;
   if (!is_quantized(w.weight.host.format))
@@ -93,7 +106,7 @@ void CudaOps::linear_pair(void* ya, const void* xa, const Linear& wa, const Acti
       ready_ = {ready_counters_ + ready_calls_++ * kReadyStride, ready_count(int(wa.weight.rows))};
       ready_of_ = ya;
     }
-    decode_linear_pair(stream, act_, decode_rows_, input(xa, wa), {int(wa.weight.rows), ea}, input(xb, wb), {int(wb.weight.rows), eb}, split_, ready_);
+    decode_linear_pair(stream, act_, decode_rows_, input(xa, wa), {int(wa.weight.rows), ea}, input(xb, wb), {int(wb.weight.rows), eb}, scratch_for(wa, &wb), ready_);
     first = decode_rows_;
   }
   linear_rows(xa, wa, ea, first, decode_rows_, rows_);
@@ -106,8 +119,7 @@ void CudaOps::linear_add_pair(float* y, const void* xa, const Linear& wa, const 
   if (streams(xa, wa) && streams(xb, wb) && same_chunks(wa, wb)) {
     Epilogue sum = ea;
     sum.bias_b = eb.bias;
-    decode_linear_sum(s_, act_, decode_rows_, input(xa, wa), input(xb, wb),
-                      {int(wa.weight.rows), sum}, split_);
+    decode_linear_sum(s_, act_, decode_rows_, input(xa, wa), input(xb, wb), {int(wa.weight.rows), sum}, scratch_for(wa, &wb));
     first = decode_rows_;
   }
   linear_rows(xa, wa, ea, first, decode_rows_, rows_);

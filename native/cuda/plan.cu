@@ -74,6 +74,7 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
     check(cudaMemsetAsync(split_.partial, 0xff, parts * sizeof(float), s_.stream), "planning");
     ready_counters_ = alloc_array<int32_t>(size_t(c.layers) * kReadyStride);
   }
+  if (quantized_ && act_ != DType::f32) integers_for(std::max(2 * c.hidden, c.heads * c.head_dim + c.intermediate), 0);
   if (quantized_ && act_ != DType::f32 && !s_.wgmma && replay) {
     expanded_bytes_ = std::max({tile_bytes(c.qkv_rows(), c.hidden), tile_bytes(c.intermediate, c.hidden), tile_bytes(c.hidden, c.intermediate),
                                 tile_bytes(c.hidden, int64_t(c.heads) * c.head_dim)});

@@ -53,6 +53,7 @@ struct Args {
   int stages;
   int T;
   Source source[2];
+  const uint8_t* integers;  // codes: x as prepare_rows() leaves it, source 1's chunks after source 0's; or nullptr
   float* partial;       // [2, blocks, kPart], by output
   int32_t* ready;       // nullptr, or where a warp adds 1 for the rows of output 0 it has stored
   Output output[2];
@@ -101,6 +102,8 @@ struct Cursor {
     if (step == a.steps[output]) step = 0, ++group;
   }
   __device__ __forceinline__ int source(const Args& a) const { return output | (step >= a.join); }
+  // of the chunks of both sources
+  __device__ __forceinline__ int chunk_of_x(const Args& a) const { return (source(a) ? a.source[0].steps : 0) + column(a); }
   __device__ __forceinline__ int column(const Args& a) const { return step >= a.join ? step - a.join : step; }  // in chunks
 };
 

@@ -14,6 +14,8 @@ constexpr bool kStash = false;  // cp.async is the ring's
 #endif
 constexpr int kStashRows = 8;
 template <int NG> constexpr int kStashFloats = (2 + (NG == 1 ? kStashRows : 0)) * kGroupRows;
+// One token needs three rows of it: output 1 has some of its own, so that a group of output 0 can be held.
+constexpr int kSecondStash = 5 * kGroupRows;
 constexpr uint32_t kAbsent = 0xffffffffu;  // in place of a part that has not come yet; SplitScratch is full of it between launches
 
 __device__ __forceinline__ float load_part(const float* p) {
@@ -92,16 +94,58 @@ __device__ __forceinline__ void add_parts(float (&z)[TOKENS], float* from, int p
   }
 }
 
+// The sums of a group's first block, of tokens first, first + O::kStep .. that the lane has: with the sums of the next `parts` blocks they
+// become the output.
+template <class T, int NG, int TOKENS>
+__device__ __forceinline__ void end_rows(const Args& a, float (&z)[TOKENS], int output, int group, int first, int parts, const float* stash) {
+  using O = Own<NG>;
+  const Output& out = a.output[output];
+  const int local = O::row(), row = group * kGroupRows + local, tokens = a.T - first;  // of token O::kStep i: O::kStep i < tokens
+  add_parts<TOKENS, O::kStep, TOKENS == 1 ? 8 : 4>(z, part_of(a, output, blockIdx.x) + first * kGroupRows + local + kPart, parts, tokens);
+  if constexpr (kStash) {
+    copy_wait_all();
+    __syncwarp();
+  }
+  if (row >= out.N) return;
+#pragma unroll
+  for (int i = 0; i < TOKENS; ++i)
+    if (O::kStep * i < tokens) {
+      if constexpr (kStash)
+        store_stashed<T, NG>(out.epilogue, stash, z[i], first + O::kStep * i, row, out.N, local);
+      else
+        store_output<T>(out.epilogue, z[i], first + O::kStep * i, row, out.N);
+    }
+}
+// after the warp has stored its rows of a group
+template <int NG>
+__device__ __forceinline__ void tell(const Args& a, int output) {
+  __syncwarp();
+  if (a.ready && output == 0 && threadIdx.x % 32 == 0) asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(a.ready), "n"(kTiles<NG>) : "memory");
+}
+
+// The sums of one token's group of output 0 that other blocks have parts of: they are put off until these parts have come, while the
+// block goes on with output 1.
+struct Held {
+  float z;
+  int group, parts, chunks = 0;  // chunks: until then; 0: nothing is held
+  static constexpr int kChunks = 6;
+};
+template <class T, int NG>
+__device__ __forceinline__ void end_held(const Args& a, Held& held, const float* stash) {
+  float z[1] = {held.z};
+  end_rows<T, NG>(a, z, 0, held.group, 0, held.parts, stash);
+  tell<NG>(a, 0);
+  held.chunks = 0;
+}
+
 // Sums of a row group over this block's columns are in acc. The first of the
 // blocks that share the group adds the others' sums. All blocks of a launch are resident at once (one per multiprocessor, and a
 // launch starts when all blocks of its predecessor have), so waiting for them is safe.
-// mine: the group began in this block; parts: blocks that have more of it.
-template <class T, int NG>
-__device__ __forceinline__ void finish(const Args& a, float (&acc)[kTiles<NG>][NG][4], const Cursor& at, bool mine, int parts, const float* stash) {
+// mine: the group began in this block; parts: blocks that have more of it; held: where sums are left rather than waiting, or nullptr. ONE: T is 1.
+template <class T, int NG, bool ONE>
+__device__ __forceinline__ void finish(const Args& a, float (&acc)[kTiles<NG>][NG][4], const Cursor& at, bool mine, int parts, const float* stash, Held* held) {
   using O = Own<NG>;
   const int lane = threadIdx.x % 32, local = O::row();
-  const Output& out = a.output[at.output];
-  const int row = at.group * kGroupRows + local;
   const auto rows_of = [&](auto lane_tokens, int j) {
     constexpr int kTokens = decltype(lane_tokens)::value;  // of a lane
     float z[kTokens];
@@ -115,31 +159,20 @@ __device__ __forceinline__ void finish(const Args& a, float (&acc)[kTiles<NG>][N
       const float low = lane & 8 ? v[1] : v[0], high = lane & 8 ? v[3] : v[2];
       z[i] = lane & 16 ? high : low;
     }
-    const int first = j * 8 + O::token(), tokens = a.T - first;  // of token O::kStep i: O::kStep i < tokens
-    float* const part = part_of(a, at.output, blockIdx.x) + first * kGroupRows + local;
-    if (!mine) {
-#pragma unroll
-      for (int i = 0; i < kTokens; ++i)
-        if (O::kStep * i < tokens) store_part(part + O::kStep * i * kGroupRows, present(z[i]));
+    const int first = j * 8 + O::token(), tokens = a.T - first;
+    if (mine) {
+      if (kTokens == 1 && held && parts > 0)
+        held->z = z[0], held->group = at.group, held->parts = parts, held->chunks = Held::kChunks;
+      else
+        end_rows<T, NG>(a, z, at.output, at.group, first, parts, stash);
       return;
     }
-    add_parts<kTokens, O::kStep, kTokens == 1 ? 8 : 4>(z, part + kPart, parts, tokens);
-    if constexpr (kStash) {
-      copy_wait_all();
-      __syncwarp();
-    }
-    if (row < out.N) {
+    float* const part = part_of(a, at.output, blockIdx.x) + first * kGroupRows + local;
 #pragma unroll
-      for (int i = 0; i < kTokens; ++i)
-        if (O::kStep * i < tokens) {
-          if constexpr (kStash)
-            store_stashed<T, NG>(out.epilogue, stash, z[i], first + O::kStep * i, row, out.N, local);
-          else
-            store_output<T>(out.epilogue, z[i], first + O::kStep * i, row, out.N);
-        }
-    }
+    for (int i = 0; i < kTokens; ++i)
+      if (O::kStep * i < tokens) store_part(part + O::kStep * i * kGroupRows, present(z[i]));
   };
-  if (NG == 1 && a.T == 1) {
+  if constexpr (ONE) {
     rows_of(std::integral_constant<int, 1>(), 0);
   } else {
 #pragma unroll
@@ -152,8 +185,7 @@ __device__ __forceinline__ void finish(const Args& a, float (&acc)[kTiles<NG>][N
     for (int j = 0; j < NG; ++j)
 #pragma unroll
       for (int q = 0; q < 4; ++q) acc[i][j][q] = 0.f;
-  __syncwarp();
-  if (a.ready && mine && at.output == 0 && lane == 0) asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(a.ready), "n"(kTiles<NG>) : "memory");
+  if (mine && !(held && held->chunks)) tell<NG>(a, at.output);
 }
 
 }  // namespace codefuse::cuda::stream

@@ -1,7 +1,8 @@
 // The kernel under the linear layers of decode rows: as fast as the weights can be read. One block per multiprocessor streams
 // its equal share of the chunks (weights.cuh) through a ring in shared memory, with each chunk the rows' activations. The weights
 // are the A operand of the tensor cores and the rows its columns, 8 at a time, so one row costs what eight do, and an output's
-// order of summation is the same for 1 row and for 64: along K inside a share, then share by share in order.
+// order of summation is the same for 1 row and for 64: along K inside a share, then share by share in order. Quantized weights are multiplied
+// as integers, by x as integers (stream_x.cuh).
 // On Hopper the ring is filled with weights before the kernel waits for its predecessor.
 //
 // One launch has one or two outputs (each a matrix of its own) or one output whose K comes from two sources (x and matrix each). Of
@@ -11,6 +12,7 @@
 #include <climits>
 
 #include "cuda/stream_group.cuh"
+#include "cuda/stream_multiply.cuh"
 
 namespace codefuse::cuda::stream {
 
@@ -18,66 +20,35 @@ namespace codefuse::cuda::stream {
 template <class W>
 CODEFUSE_HD int ring_bytes(int stages) { return (stages * W::kBytes + 1023) / 1024 * 1024; }
 
-// One chunk: a warp's row tiles x NG groups of 8 rows of x. Sums over 64 columns in order, scaled, in order.
-template <class W, int NG>
-__device__ __forceinline__ void multiply(float (&acc)[kTiles<NG>][NG][4], Shared w, Shared xs, const float (&row_scale)[kTiles<NG>][2]) {
-  using T = typename W::Type;
-  constexpr int kBlocks = W::kCols / 64;
-  const int tile = threadIdx.x / 32 * kTiles<NG>, lane = threadIdx.x % 32, r = lane % 8;
-  const uint32_t lo = xs.at + r * 128 + ((lane / 8) ^ r) * 16;      // columns 0 .. 31 of 8 rows of x
-  const uint32_t hi = xs.at + r * 128 + ((lane / 8 + 4) ^ r) * 16;  // columns 32 .. 63
-  typename W::Group group[kTiles<NG>];
-#pragma unroll (NG <= 2 ? kBlocks : 1)  // more at a time do not fit the registers
-  for (int block = 0; block < kBlocks; ++block) {
-    if (NG > 2 || block % W::kBlocks == 0)
-#pragma unroll
-      for (int i = 0; i < kTiles<NG>; ++i) group[i] = W::group(w, tile + i, block, lane);
-    uint4 f[kTiles<NG>][4];
-#pragma unroll
-    for (int i = 0; i < kTiles<NG>; ++i) fragments<W>(f[i], W::codes(w, tile + i, block, lane), group[i]);
-#pragma unroll
-    for (int j = 0; j < NG; ++j) {
-      uint32_t b0[4], b1[4];
-      ldmatrix4(b0, lo + (block * NG + j) * kXTile);
-      ldmatrix4(b1, hi + (block * NG + j) * kXTile);
-#pragma unroll
-      for (int i = 0; i < kTiles<NG>; ++i) {
-        float z[4] = {};
-        float(&sum)[4] = W::kScale == Scale::none ? acc[i][j] : z;
-#pragma unroll
-        for (int s = 0; s < 4; ++s)
-          mma16816<T>(sum, f[i][s].x, f[i][s].y, f[i][s].z, f[i][s].w, s < 2 ? b0[2 * s] : b1[2 * s - 4], s < 2 ? b0[2 * s + 1] : b1[2 * s - 3]);
-        if constexpr (W::kScale != Scale::none)
-#pragma unroll
-          for (int q = 0; q < 4; ++q) {
-            float scale = row_scale[i][q / 2];
-            if constexpr (W::kScale == Scale::block) scale = q / 2 ? group[i].scale.y : group[i].scale.x;
-            acc[i][j][q] = fmaf(scale, z[q], acc[i][j][q]);
-          }
-      }
-    }
-  }
-}
+// Whether a warp turns x to integers (with bulk copies); else prepare_rows() has done so.
+template <class W, bool ONE> constexpr bool kTurnsX = kCodes<W> && ONE;
+// Threads of a block: the consumers; with bulk copies a warp that asks for them, and that warp
+template <class W, int NG, bool ONE> CODEFUSE_HD constexpr int threads(bool bulk_copy) { return 32 * (kWarps<NG> + (bulk_copy ? 1 + kTurnsX<W, ONE> : 0)); }
 
-template <class W, int NG>
-__global__ void __launch_bounds__(NG == 1 ? kFewRegisters : kWarps<NG> * 32 + 32, 1) stream_matrix(const __grid_constant__ Args a) {
+// ONE: T is 1
+template <class W, int NG, bool ONE>
+__global__ void __launch_bounds__(NG == 1 ? kFewRegisters : threads<W, NG, ONE>(true), 1) stream_matrix(const __grid_constant__ Args a) {
   using T = typename W::Type;
-  constexpr int kXBytes = W::kCols / 64 * NG * kXTile;
+  constexpr int kXBytes = W::kCols / 64 * NG * kXTile, kTermsBytes = NG * terms_bytes<W>();
   extern __shared__ __align__(16) uint8_t shared[];
   __shared__ float stash[kStash ? kStashFloats<NG> : 1];
   uint8_t* const ring = shared + (1024 - shared_address(shared) % 1024) % 1024;  // [stages] chunks, then [stages] x
   uint8_t* const xs = ring + ring_bytes<W>(a.stages);
   launch_dependents();
-  const Shared ring_at{shared_address(ring)}, xs_at{shared_address(xs)};
+  const Shared xs_at{shared_address(xs)}, terms_at = xs_at + a.stages * kXBytes;  // what goes with x, [stages]
   int stage = 0;
   Cursor at(a);
   const int count = int(a.by_blocks((a.chunks[0] + a.chunks[1]) * (blockIdx.x + 1)) - a.by_blocks((a.chunks[0] + a.chunks[1]) * blockIdx.x));
   float acc[kTiles<NG>][NG][4] = {}, row_scale[kTiles<NG>][2] = {};
 
-  // Consumers: chunks of one group and one source at a time; take() waits for one, give_back() has asked for all of it.
+  // Consumers: chunks of one group and one source at a time; take() waits for one and says where, give_back() has asked for all of it.
   const auto consume = [&](const auto& take, const auto& give_back) {
+    const Lane lane = lane_of<W, NG>({shared_address(ring)}, xs_at, terms_at);
     const int after[2] = {blocks_after(a, 0), a.chunks[1] ? blocks_after(a, 1) : 0};
     int left = count, first_step = at.step;
+    constexpr bool kHolds = kStash && ONE;
+    Held held;
+    const auto stash_of = [&](int output) { return stash + (kHolds && output ? kSecondStash : 0); };
     const auto load_scales = [&] {
       if constexpr (W::kScale == Scale::row) {
         const float* const scale = a.source[at.source(a)].scale;
@@ -91,17 +62,26 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : kWarps<NG> * 32 + 32
     load_scales();
     take.begin();
     while (true) {
-      if (kStash && at.step == 0) begin_group<NG>(a, stash, at);
-      const int steps = a.steps[at.output], run = min(int(at.left), (at.step < a.join ? min(a.join, steps) : steps) - at.step);
+      if (kStash && at.step == 0) begin_group<NG>(a, stash_of(at.output), at);
+      const int steps = a.steps[at.output];
+      int run = min(int(at.left), (at.step < a.join ? min(a.join, steps) : steps) - at.step);
+      if constexpr (kHolds)
+        if (held.chunks) run = min(run, held.chunks);
 #pragma unroll 1
       for (int i = 0; i < run; ++i) {
-        take();
-        multiply<W, NG>(acc, ring_at + stage * W::kBytes, xs_at + stage * kXBytes, row_scale);
-        give_back();
+        const int now = take();
+        if constexpr (kCodes<W>)
+          multiply_codes<W, NG, ONE>(acc, lane, now, row_scale);
+        else
+          multiply_values<W, NG>(acc, lane, now);
+        give_back(now);
       }
       left -= run;
       const bool ends = at.step + run == steps, finished = ends || int(at.left) == run;
-      if (finished) finish<T, NG>(a, acc, at, first_step == 0, ends ? 0 : at.output ? after[1] : after[0], stash);
+      if constexpr (kHolds)
+        if (held.chunks && ((held.chunks -= run) == 0 || left == 0)) end_held<T, NG>(a, held, stash);
+      if (finished)
+        finish<T, NG, ONE>(a, acc, at, first_step == 0, ends ? 0 : at.output ? after[1] : after[0], stash_of(at.output), kHolds && at.output == 0 && left > 0 ? &held : nullptr);
       if (left == 0) break;
       at.skip(a, run);
       if (finished) first_step = at.step;
@@ -110,30 +90,50 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : kWarps<NG> * 32 + 32
   };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  __shared__ __align__(8) uint64_t full[2 * kStages];
-  uint64_t* const empty = full + kStages;
+  __shared__ __align__(8) uint64_t full[3 * kStages];  // [stages] each: copies have come, x is integers, all has been read
+  uint64_t *const ready = full + kStages, *const empty = ready + kStages;
+  constexpr bool kPrepared = kCodes<W> && !ONE;  // x comes as integers
   const auto fetch_weights = [&](const Cursor& c, int s) {
     const Source& from = a.source[c.source(a)];
-    barrier_expect(&full[s], W::kBytes + kXBytes);
+    barrier_expect(&full[s], W::kBytes + kXBytes + (kPrepared ? kTermsBytes : 0));
     const uint8_t* const chunk = from.w + (size_t(c.group) * from.steps + c.column(a)) * W::kBytes;
     bulk_copy_once(ring + s * W::kBytes, chunk, W::kBytes, &full[s]);
   };
   const int filled = min(a.stages, count);
   if (threadIdx.x == kWarps<NG> * 32) {
-    for (int s = 0; s < a.stages; ++s) barrier_init(&full[s], 1), barrier_init(&empty[s], kWarps<NG>);
+    for (int s = 0; s < a.stages; ++s) barrier_init(&full[s], 1), barrier_init(&ready[s], 1), barrier_init(&empty[s], kWarps<NG>);
     barrier_init_fence();
     Cursor ahead = at;
     for (int s = 0; s < filled; ++s, ahead.skip(a, 1)) fetch_weights(ahead, s);
   }
   __syncthreads();  // the barriers are there
+  if (kTurnsX<W, ONE> && threadIdx.x >= (kWarps<NG> + 1) * 32) {
+    grid_wait();
+    uint32_t parity = 0;
+    for (int c = 0; c < count; ++c) {
+      barrier_wait(&full[stage], parity);
+      if constexpr (kTurnsX<W, ONE>) row_to_integers<T, W::kGroupCols>(xs_at + stage * kXBytes, terms_at + stage * kTermsBytes);
+      proxy_fence();  // the next copy into the stage comes after these stores
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) barrier_arrive(&ready[stage]);
+      if (++stage == a.stages) stage = 0, parity ^= 1;
+    }
+    return;
+  }
   if (threadIdx.x >= kWarps<NG> * 32) {  // the producer is one thread
     if (threadIdx.x > kWarps<NG> * 32) return grid_wait();
     const auto fetch_x = [&](const Cursor& c, int s) {
-      const CUtensorMap* map = &a.map[c.source(a)];
+      if constexpr (kPrepared) {
+        const uint8_t* const chunk = a.integers + size_t(c.chunk_of_x(a)) * chunk_integers(NG, terms_bytes<W>());
+        bulk_copy(xs + s * kXBytes, chunk, kXBytes, &full[s]);
+        bulk_copy(xs + a.stages * kXBytes + s * kTermsBytes, chunk + kXBytes, kTermsBytes, &full[s]);
+      } else {
+        const CUtensorMap* map = &a.map[c.source(a)];
 #pragma unroll
-      for (int b = 0; b < W::kCols / 64; ++b) tensor_copy(xs + s * kXBytes + b * NG * kXTile, map, c.column(a) * W::kCols + b * 64, 0, &full[s]);
+        for (int b = 0; b < W::kCols / 64; ++b) tensor_copy(xs + s * kXBytes + b * NG * kXTile, map, c.column(a) * W::kCols + b * 64, 0, &full[s]);
+      }
     };
-    prefetch_map(&a.map[at.source(a)]);
+    if constexpr (!kPrepared) prefetch_map(&a.map[at.source(a)]);
     grid_wait();
     for (int s = 0; s < filled; ++s, at.skip(a, 1)) fetch_x(at, s);
     uint32_t parity = 0;
@@ -145,27 +145,31 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : kWarps<NG> * 32 + 32
     }
     return;
   }
-  uint32_t full_at = shared_address(full);
-  asm volatile("" : "+r"(full_at));  // kept; else computed for every chunk
+  const uint32_t full_at = kept({shared_address(full)}, 0).at, come_at = full_at + (kTurnsX<W, ONE> ? kStages * 8 : 0);
   const int stages = a.stages;
   uint32_t parity = 0;
   uint32_t read = 0;  // where the stage before this one is given back
-  // A stage is given back when the next chunk is taken: by then its last fragments have been multiplied, so they have come. An arrival right
-  // behind the loads overtakes them, and beside a block whose loads miss (attention) they stayed behind for longer than a copy takes.
+  // A stage is given back when the next chunk is taken: by then its last fragments have been multiplied, by instructions of the whole warp, so
+  // they have come. An arrival right behind the loads overtakes them, and beside a block whose loads miss (attention) they stayed behind for
+  // longer than a copy takes.
+  bool come = false;  // what the next chunk's barrier said, asked before this one was multiplied
   struct {
-    const uint32_t &full_at, &read, &parity;
-    const int& stage;
+    const uint32_t &come_at, &read;
+    uint32_t& parity;
+    int& stage;
+    const int& stages;
+    bool& come;
     __device__ __forceinline__ void begin() const { grid_wait(); }
-    __device__ __forceinline__ void operator()() const {
-      __syncwarp();
+    __device__ __forceinline__ int operator()() const {
       if (read && threadIdx.x % 32 == 0) barrier_arrive(read);
-      barrier_wait(full_at + stage * 8, parity);
+      if (!come) barrier_wait(come_at + stage * 8, parity);
+      const int now = stage;
+      if (++stage == stages) stage = 0, parity ^= 1;
+      if constexpr (ONE) come = barrier_passed(come_at + stage * 8, parity);
+      return now;
     }
-  } take{full_at, read, parity, stage};
-  consume(take, [&] {
-    read = full_at + (kStages + stage) * 8;
-    if (++stage == stages) stage = 0, parity ^= 1;
-  });
+  } take{come_at, read, parity, stage, stages, come};
+  consume(take, [&](int now) { read = full_at + (2 * kStages + now) * 8; });
 #else
   Cursor ahead = at;
   int fetched = 0;
@@ -174,10 +178,17 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : kWarps<NG> * 32 + 32
       const Source& from = a.source[ahead.source(a)];
       const uint8_t* w = from.w + (size_t(ahead.group) * from.steps + ahead.column(a)) * W::kBytes;
       for (int i = threadIdx.x; i < W::kBytes / 16; i += kWarps<NG> * 32) copy16(ring + s * W::kBytes + i * 16, w + i * 16);
-      for (int i = threadIdx.x; i < W::kCols / 8 * a.T; i += kWarps<NG> * 32) {
-        const int unit = i % 8, block = i / 8 % (W::kCols / 64), row = i / (W::kCols / 8), col = ahead.column(a) * W::kCols + block * 64 + unit * 8;
-        copy16(xs + s * kXBytes + block * NG * kXTile + row * 128 + (unit ^ row % 8) * 16, from.x + (size_t(row) * from.K + min(col, from.K - 8)) * 2,
-               col < from.K ? 16 : 0);
+      if constexpr (kCodes<W>) {
+        const uint8_t* const chunk = a.integers + size_t(ahead.chunk_of_x(a)) * chunk_integers(NG, terms_bytes<W>());
+        for (int i = threadIdx.x; i < kXBytes / 16; i += kWarps<NG> * 32) copy16(xs + s * kXBytes + i * 16, chunk + i * 16);
+        for (int i = threadIdx.x; i < kTermsBytes / 16; i += kWarps<NG> * 32)
+          copy16(xs + a.stages * kXBytes + s * kTermsBytes + i * 16, chunk + kXBytes + i * 16);
+      } else {
+        for (int i = threadIdx.x; i < W::kCols / 8 * a.T; i += kWarps<NG> * 32) {
+          const int unit = i % 8, block = i / 8 % (W::kCols / 64), row = i / (W::kCols / 8), col = ahead.column(a) * W::kCols + block * 64 + unit * 8;
+          copy16(xs + s * kXBytes + block * NG * kXTile + row * 128 + (unit ^ row % 8) * 16, from.x + (size_t(row) * from.K + min(col, from.K - 8)) * 2,
+                 col < from.K ? 16 : 0);
+        }
       }
       ahead.skip(a, 1);
     }
@@ -198,19 +209,24 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : kWarps<NG> * 32 + 32
   struct {
     const decltype(take_next)& next;
     const decltype(fill)& first;
+    int& stage;
+    const int stages;
     __device__ __forceinline__ void begin() const { first(); }
-    __device__ __forceinline__ void operator()() const { next(); }
-  } take{take_next, fill};
-  consume(take, [&] {
-    if (++stage == a.stages) stage = 0;
-  });
+    __device__ __forceinline__ int operator()() const {
+      next();
+      const int now = stage;
+      if (++stage == stages) stage = 0;
+      return now;
+    }
+  } take{take_next, fill, stage, a.stages};
+  consume(take, [](int) {});
 #endif
 }
 
 constexpr int kLeastShared = 101376;  // bytes a block may have on the GPUs that have the least, 8.6 and 8.9
-template <class W, int NG> constexpr int kStageBytes = W::kBytes + W::kCols / 64 * NG * kXTile;  // of a chunk and its x
+template <class W, int NG> constexpr int kStageBytes = W::kBytes + W::kCols / 64 * NG * kXTile + NG * terms_bytes<W>();  // of a chunk and its x
 
-template <class W, int NG>
+template <class W, int NG, bool ONE = false>
 void launch_stream(const Stream& s, DType act, Args& a) {
   constexpr int kReserve = 2048;  // alignment, and barriers
   static_assert(2 * kStageBytes<W, NG> + kReserve <= kLeastShared, "a ring has two stages at least");
@@ -219,8 +235,8 @@ void launch_stream(const Stream& s, DType act, Args& a) {
   if (a.stages < 2) throw DeviceError(cat("CUDA: this device's ", s.shared_max, " bytes of shared memory per block are too few"));
   if (s.bulk_copy)
     for (int i = 0; i < 2; ++i)
-      if (a.source[i].x) a.map[i] = rows_map(act, a.source[i].x, a.T, a.source[i].K, NG * 8);
-  launch(s, stream_matrix<W, NG>, int(std::min(uint32_t(s.sms), a.chunks[0] + a.chunks[1])), kWarps<NG> * 32 + (s.bulk_copy ? 32 : 0),
+      if (a.source[i].x && !a.integers) a.map[i] = rows_map(act, a.source[i].x, a.T, a.source[i].K, NG * 8);
+  launch(s, stream_matrix<W, NG, ONE>, int(std::min(uint32_t(s.sms), a.chunks[0] + a.chunks[1])), threads<W, NG, ONE>(s.bulk_copy),
          size_t(ring_bytes<W>(a.stages)) + size_t(a.stages) * (kStageBytes<W, NG> - W::kBytes) + 1024, a);
 }
 
@@ -228,6 +244,7 @@ void launch_stream(const Stream& s, DType act, Args& a) {
 template <class W>
 void stream_rows(const Stream& s, DType act, Args& a) {
   if (a.T < 1 || a.T > kDecodeRows) throw DeviceError(cat("CUDA: a decode product of ", a.T, " rows; at most ", kDecodeRows));
+  if (a.T == 1) return launch_stream<W, 1, true>(s, act, a);
   if (a.T <= 8) return launch_stream<W, 1>(s, act, a);
   if (a.T <= 16) return launch_stream<W, 2>(s, act, a);
   if (a.T <= 32) return launch_stream<W, 4>(s, act, a);
@@ -266,6 +283,13 @@ void product(const Stream& s, DType act, int T, const DecodeInput& in, const Dec
   a.by_blocks = Divider(uint32_t(blocks));
   for (int o = 0; o < 2; ++o) a.by_steps[o] = Divider(uint32_t(std::max(1, a.steps[o])));
   a.ready = ready;
+  if constexpr (kCodes<W>)
+    if (T > 1 || !s.bulk_copy) {
+      const int groups = T <= 8 ? 1 : T <= 16 ? 2 : T <= 32 ? 4 : 8, chunks = a.source[0].steps + a.source[1].steps;
+      if (size_t(chunks) * chunk_integers(groups, terms_bytes<W>()) > scratch.integers_bytes) throw DeviceError(cat("CUDA: no room for integers of ", chunks, " chunks of x"));
+      launch(s, prepare_rows<typename W::Type, W::kGroupCols>, dim3(chunks, groups), 256, 0, a.source[0].x, a.source[0].K, a.source[1].x, a.source[1].K, T, scratch.integers);
+      a.integers = scratch.integers;
+    }
   stream_rows<W>(s, act, a);
 }
 

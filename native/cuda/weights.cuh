@@ -74,6 +74,15 @@ __device__ __forceinline__ uint32_t load2(Shared p) {
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(p.at));
   return v;
 }
+__device__ __forceinline__ uint2 load8(Shared p) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(p.at));
+  return v;
+}
+__device__ __forceinline__ void store4(Shared p, uint32_t v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(p.at), "r"(v) : "memory"); }
+__device__ __forceinline__ void store8(Shared p, uint32_t x, uint32_t y) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(p.at), "r"(x), "r"(y) : "memory");
+}
 __device__ __forceinline__ uint4 load16(const uint8_t* p) { return *reinterpret_cast<const uint4*>(p); }
 __device__ __forceinline__ uint32_t load4(const uint8_t* p) { return *reinterpret_cast<const uint32_t*>(p); }
 __device__ __forceinline__ uint32_t load2(const uint8_t* p) { return *reinterpret_cast<const uint16_t*>(p); }
@@ -89,11 +98,18 @@ __device__ __forceinline__ uint32_t digit(uint32_t w) {
 // What a kernel asks of W; a chunk is a pointer or Shared:
 //   Type                     of x and of the fragments
 //   kBytes, kCols            of a chunk
+//   kTile                    bytes of a row tile's 64 columns
 //   kScale                   what sums over 64 columns are multiplied by: nothing, the row's scale, or Group::scale
 //   kBlocks                  blocks of 64 columns that have a Group in common
 //   group(chunk, tile, block, lane)   what the codes of rows 16 tile + lane / 4 and that + 8 have in common
 //   Codes, codes(chunk, tile, block, lane)   a lane's share of rows 16 tile .. + 15, columns 64 block .. + 63
 //   fragment<s>(codes, group)         A operand of columns 64 block + 16 s .. + 15
+// Of quantized weights the streaming kernel multiplies the codes themselves, as bytes:
+//   kGroupCols                        columns that are summed up before they are scaled
+//   kHigh                             what bytes() multiplies rows g + 8 by
+//   bytes<p>(codes)                   A operand of mma16832, columns 64 block + 32 p .. + 31, in the order of stream_x.cuh
+//   zeros(chunk, tile, group, lane)   of rows 16 tile + lane / 4 and that + 8 and kGroupCols columns, the latter kHigh times
+//   scales(chunk, tile, group, lane)  likewise, not times anything; of Scale::block only
 enum class Scale { none, row, block };
 
 struct NoGroup {};
@@ -110,7 +126,7 @@ template <class T>
 struct Weights16 {
   using Type = T;
   using Group = NoGroup;
-  static constexpr int kCols = kChunkCols, kBytes = kChunkBytes, kBlocks = 1;
+  static constexpr int kCols = kChunkCols, kBytes = kChunkBytes, kTile = kRowTileBytes, kBlocks = 1;
   static constexpr Scale kScale = Scale::none;
   template <class P> static __device__ __forceinline__ Group group(P, int, int, int) { return {}; }
   using Codes = Words<4>;
@@ -128,7 +144,7 @@ template <class T>
 struct Weights8 {
   using Type = T;
   using Group = NoGroup;
-  static constexpr int kCols = kCols8, kBytes = kBytes8, kBlocks = 1;
+  static constexpr int kCols = kCols8, kBytes = kBytes8, kTile = kTile8, kBlocks = 1, kGroupCols = kCols8, kHigh = 1;
   static constexpr Scale kScale = Scale::row;
   template <class P> static __device__ __forceinline__ Group group(P, int, int, int) { return {}; }
 
@@ -159,6 +175,12 @@ struct Weights8 {
     decode(S % 2 ? c.v[S / 2].w : c.v[S / 2].y, a.z, a.w);
     return a;
   }
+
+  template <int P> static __device__ __forceinline__ uint4 bytes(const Codes& c) {
+    const uint4& v = c.v[P];
+    return make_uint4(__byte_perm(v.x, v.y, 0x6240), __byte_perm(v.x, v.y, 0x7351), __byte_perm(v.z, v.w, 0x6240), __byte_perm(v.z, v.w, 0x7351));
+  }
+  static __device__ __forceinline__ int2 zeros(Shared, int, int, int) { return make_int2(128, 128); }
 };
 
 // GROUP: columns that share a scale and a zero
@@ -169,7 +191,7 @@ struct Weights4 {
     uint32_t low, high;  // what is subtracted from codes of row g and of row g + 8, twice
     float2 scale;        // of the two
   };
-  static constexpr int kCols = kCols4, kBytes = bytes4(GROUP), kBlocks = GROUP / 64;
+  static constexpr int kCols = kCols4, kBytes = bytes4(GROUP), kTile = kTile4, kBlocks = GROUP / 64, kGroupCols = GROUP, kHigh = 16;
   static constexpr int kGroups = groups4(GROUP), kScales = scales4(GROUP), kZeros = zeros4(GROUP);  // of a chunk; the last two in bytes
   static constexpr Scale kScale = Scale::block;
 
@@ -214,6 +236,18 @@ struct Weights4 {
     const uint32_t scales = load4(chunk + (kCodes4 + at * (4 * kGroups) + block / kBlocks * 4));
     g.scale = __half22float2(as_half2(scales));
     return g;
+  }
+
+  template <int P> static __device__ __forceinline__ uint4 bytes(const Codes& c) {
+    const uint32_t v = P ? c.v[0].z : c.v[0].x, w = P ? c.v[0].w : c.v[0].y;
+    return make_uint4(v & 0x0f0f0f0f, v & 0xf0f0f0f0, w & 0x0f0f0f0f, w & 0xf0f0f0f0);
+  }
+  static __device__ __forceinline__ int2 zeros(Shared chunk, int tile, int group, int lane) {
+    const uint32_t zero = load2(chunk + (kCodes4 + kScales + (tile * 8 + lane / 4) * (2 * kGroups) + group * 2));
+    return make_int2(zero & 0xff, std::is_same<T, __half>::value ? zero >> 8 : (zero >> 8) * kHigh);
+  }
+  static __device__ __forceinline__ float2 scales(Shared chunk, int tile, int group, int lane) {
+    return __half22float2(as_half2(load4(chunk + (kCodes4 + (tile * 8 + lane / 4) * (4 * kGroups) + group * 4))));
   }
 };
 
