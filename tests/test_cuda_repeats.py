@@ -27,3 +27,20 @@ def test_a_step_repeats_itself(tmp_path, format):
             np.testing.assert_array_equal(r.logits(make_batch(pages, prefill=[(0, part, start)], logits="last")), first)
         steps = [r.logits(make_batch(pages, decode=[(0, tokens[length], length)], logits="last")).tobytes() for _ in range(200)]
         assert len(set(steps)) == 1, f"{len(set(steps))} results of one decode step at position {length}"
+
+
+def test_rows_with_long_page_tables(tmp_path):
+    """What 64 sequences of 65536 tokens send before a step is more than a kernel reads from the host, what 8 send is not: a row says the same."""
+    r = testing.Runner(str(preset(tmp_path / "long", max_positions=65536)), device="cuda", dtype="float16", slots=64, kv_bytes=128 << 20)
+    pages = pages_of(r)
+
+    def says(slots: range, position: int) -> np.ndarray:
+        """As it runs, recorded and replayed."""
+        batch = make_batch(pages, decode=[(s, 1 + 64 * position + s, position) for s in slots], logits="last")
+        runs = [r.logits(batch) for _ in range(3)]
+        np.testing.assert_array_equal(runs[1], runs[0])
+        np.testing.assert_array_equal(runs[2], runs[0])
+        return runs[0]
+
+    for position in range(3):
+        np.testing.assert_array_equal(says(range(64), position), np.concatenate([says(range(s, s + 8), position) for s in range(0, 64, 8)]))

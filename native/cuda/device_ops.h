@@ -69,12 +69,16 @@ class CudaOps final : public Ops {
   void use() const;  // makes this thread's calls go to this device
   template <class T> T* alloc_array(size_t n) { return static_cast<T*>(alloc(n * sizeof(T))); }
 
+  // ---- plan.cu
+  size_t lay_out(int rows, size_t table_words, size_t tiles);
+
   // ---- step.cu
   void begin(const Batch& batch);
   void run(const std::function<void()>& body);
-  void fill_meta(const Batch& batch, int padded_rows, int ticket);
-  void fill_edits(const Batch& batch, int padded_samples, int ticket);
-  void run_recorded(int rows, const std::function<void()>& body);
+  void clear_ready();
+  void load(void* to, const void* from, size_t bytes, void* zero = nullptr, size_t zero_bytes = 0);
+  void fill_meta(const Batch& batch, int padded_rows, int ticket, bool replayed);
+  void fill_edits(const Batch& batch, int padded_samples, int ticket, bool replayed);
   cudaGraphExec_t record(const std::function<void()>& body);
 
   // ---- ops.cu
@@ -88,8 +92,6 @@ class CudaOps final : public Ops {
   void prefill_attention(void* out, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads);
 
   static constexpr int kReadyStride = 32;  // int32 from one counter to the next: a cache line each
-  static constexpr size_t kTopBytes = size_t(kDecodeRows) * kTopTokens * 4;
-  static constexpr size_t kResultBytes = kDecodeRows * 8 + 2 * kTopBytes;
 
   int index_;
   DType act_;
@@ -105,17 +107,16 @@ class CudaOps final : public Ops {
   Limits limits_;
   bool planned_ = false, replay_ = false, quantized_ = false;
   StepMeta meta_;
-  char* meta_device_ = nullptr;
-  size_t table_at_ = 0, tiles_at_ = 0, meta_bytes_ = 0;  // of the staging buffer; the arrays of rows and samples come first
-  char* edits_device_ = nullptr;
-  size_t edits_bytes_ = 0;  // of the staging buffer of edits and masks
-  std::array<char*, 2> staging_{}, edits_staging_{}, results_{};  // pinned, by ticket
-  std::array<cudaEvent_t, 2> uploaded_{}, done_{};
+  char *meta_device_ = nullptr, *edits_device_ = nullptr;  // arrays of meta_
+  std::array<char*, 2> staging_{}, edits_staging_{};       // pinned, by ticket: the same arrays at the same places
+  std::array<StepResults*, 2> results_{};                  // pinned
+  std::array<cudaEvent_t, 2> done_{};                      // the step has ended: its staging was read and its results are there
   std::array<int, 2> expected_{};                        // samples of the step
   std::array<bool, 2> expected_top_{};                   // and whether they report their most likely tokens
   float2* angles_ = nullptr;
   SplitScratch split_;
-  int32_t* ready_counters_ = nullptr;
+  int32_t* ready_counters_ = nullptr;  // zero before a step
+  size_t ready_bytes_ = 0;
   Ready ready_;                     // of ready_of_, until rope_attention() takes it
   const void* ready_of_ = nullptr;
   int ready_calls_ = 0;             // of this step

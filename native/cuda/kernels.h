@@ -15,6 +15,14 @@
 
 namespace codefuse::cuda {
 
+// What a step samples; in pinned memory of the host, where the kernels that choose write it.
+struct StepResults {
+  int32_t token[kDecodeRows];
+  float logprob[kDecodeRows];
+  int32_t top_token[kDecodeRows * kTopTokens];
+  float top_logprob[kDecodeRows * kTopTokens];
+};
+
 // The current step on the device. A row with slot < 0 pads a recorded step and is skipped.
 struct StepMeta {
   const int32_t* token = nullptr;     // [T]
@@ -32,6 +40,7 @@ struct StepMeta {
   const int4* tiles = nullptr;        // runs of at most kTileRows prefill rows: first row, rows, position, row of table
   const int32_t* settled = nullptr;   // [T] tokens of the row's sequence whose K and V earlier steps stored; nullptr: 0
   const PageCopy* copies = nullptr;
+  StepResults* const* results = nullptr;  // [1] where they go: a recorded step has fixed arguments, but either ticket
   int max_pages = 0;
 };
 constexpr int kTileRows = 128;
@@ -168,10 +177,7 @@ struct SampleScratch {
   float2* top = nullptr;               // [kDecodeRows] greatest raw logit, log of the sum of exp(logit - greatest)
   float* edited = nullptr;             // [kDecodeRows, V] rows with edits or masks
   float* most = nullptr;               // [kDecodeRows] greatest logit of the row, edited or not
-  int32_t* token = nullptr;            // [kDecodeRows] results
-  float* logprob = nullptr;            // [kDecodeRows]
-  int32_t* top_token = nullptr;        // [kDecodeRows, kTopTokens]
-  float* top_logprob = nullptr;        // [kDecodeRows, kTopTokens]
+  int32_t* token = nullptr;            // [kDecodeRows] of that logit
   unsigned long long* top_part = nullptr;  // [kDecodeRows, kSampleParts, kTopTokens]
   SampleSelect* select = nullptr;      // [kDecodeRows]
   uint32_t* count = nullptr;           // [2, kDecodeRows, kSampleBins], zero between launches

@@ -30,10 +30,7 @@ CudaOps::CudaOps(int index, DType act, int threads, int shared_max)
   if (shared_max > 0) s_.shared_max = std::min(s_.shared_max, shared_max);
   check(cudaStreamCreateWithFlags(&s_.stream, cudaStreamNonBlocking), "stream");
   overflow_ = alloc_array<int32_t>(1);
-  for (int i = 0; i < 2; ++i) {
-    check(cudaEventCreateWithFlags(&uploaded_[i], cudaEventDisableTiming), "event");
-    check(cudaEventCreateWithFlags(&done_[i], cudaEventDisableTiming), "event");
-  }
+  for (cudaEvent_t& done : done_) check(cudaEventCreateWithFlags(&done, cudaEventDisableTiming), "event");
 }
 
 CudaOps::~CudaOps() {
@@ -48,7 +45,6 @@ CudaOps::~CudaOps() {
     cudaFreeHost(staging_[i]);
     cudaFreeHost(edits_staging_[i]);
     cudaFreeHost(results_[i]);
-    cudaEventDestroy(uploaded_[i]);
     cudaEventDestroy(done_[i]);
   }
   for (void* p : owned_) cudaFree(p);

@@ -95,18 +95,13 @@ void CudaOps::linear_pair(void* ya, const void* xa, const Linear& wa, const Acti
   int first = 0;
   if (streams(xa, wa) && streams(xb, wb) && same_chunks(wa, wb)) {
     // what comes next of ya is rope_attention(): it may begin when ya is stored
-    Stream stream = s_;
     ready_ = {};
     if (s_.dependent && ready_calls_ < config_.layers && own_sequences_ && rows_ == decode_rows_ &&
         rope_attention_fits(act_, shape(config_, config_.heads, config_.kv_heads))) {
-      if (ready_calls_ == 0) {  // a waiting kernel may start several kernels early, but not before this
-        check(cudaMemsetAsync(ready_counters_, 0, size_t(config_.layers) * kReadyStride * sizeof(int32_t), s_.stream), "a step");
-        stream.dependent = false;
-      }
       ready_ = {ready_counters_ + ready_calls_++ * kReadyStride, ready_count(int(wa.weight.rows))};
       ready_of_ = ya;
     }
-    decode_linear_pair(stream, act_, decode_rows_, input(xa, wa), {int(wa.weight.rows), ea}, input(xb, wb), {int(wb.weight.rows), eb}, scratch_for(wa, &wb), ready_);
+    decode_linear_pair(s_, act_, decode_rows_, input(xa, wa), {int(wa.weight.rows), ea}, input(xb, wb), {int(wb.weight.rows), eb}, scratch_for(wa, &wb), ready_);
     first = decode_rows_;
   }
   linear_rows(xa, wa, ea, first, decode_rows_, rows_);

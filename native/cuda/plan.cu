@@ -1,5 +1,6 @@
-// What a step needs on the device, allocated once: the batch's arrays and their pinned copies, angles, scratch of the kernels, results.
+// What a step needs on the device, allocated once: the batch's arrays, pinned memory of them and of results, angles, scratch of the kernels.
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/device_ops.h"
 #include "cuda/tiles.cuh"
@@ -15,6 +16,23 @@ size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 }  // namespace
 
+// Where the arrays of a step lie; those that a recorded step has depend on its rows alone. Bytes of all.
+size_t CudaOps::lay_out(int rows, size_t table_words, size_t tiles) {
+  size_t end = 0;
+  const auto place = [&](auto& array, size_t n) {
+    array = reinterpret_cast<std::remove_reference_t<decltype(array)>>(meta_device_ + end);
+    end += aligned(n * sizeof *array);
+  };
+  for (const int32_t** array : {&meta_.token, &meta_.slot, &meta_.position, &meta_.sequence, &meta_.settled}) place(*array, size_t(rows));
+  place(meta_.results, 1);
+  place(meta_.logit_row, kDecodeRows);
+  place(meta_.sample, kDecodeRows);
+  place(meta_.copies, kDecodeRows);
+  place(meta_.table, table_words);
+  place(meta_.tiles, tiles);
+  return end;
+}
+
 void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
   if (c.head_dim % 8 != 0 || c.head_dim < 8 || c.head_dim > 256)
     throw ValueError(cat("head_dim is ", c.head_dim, "; on CUDA it is a multiple of 8 from 8 to 256"));
@@ -25,41 +43,24 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
   replay_ = replay;
   planned_ = true;
 
-  // staging: token, slot, position, sequence, settled [rows] | logit_row, sample [samples], copies | table | tiles
-  const size_t rows = aligned(size_t(limits.rows) * 4);
-  size_t at = 5 * rows;
-  const size_t logit_row_at = at, sample_at = at += aligned(kDecodeRows * 4), copies_at = at += aligned(kDecodeRows * sizeof(SampleParams));
-  table_at_ = at += aligned(kDecodeRows * sizeof(PageCopy));
-  tiles_at_ = at += aligned(size_t(limits.slots) * limits.max_pages() * 4);
-  meta_bytes_ = at += size_t(limits.rows) * sizeof(int4);
-  meta_device_ = alloc_array<char>(meta_bytes_);
-  char* const d = meta_device_;
-  meta_.token = reinterpret_cast<int32_t*>(d);
-  meta_.slot = reinterpret_cast<int32_t*>(d + rows);
-  meta_.position = reinterpret_cast<int32_t*>(d + 2 * rows);
-  meta_.sequence = reinterpret_cast<int32_t*>(d + 3 * rows);
-  meta_.settled = reinterpret_cast<int32_t*>(d + 4 * rows);
-  meta_.logit_row = reinterpret_cast<int32_t*>(d + logit_row_at);
-  meta_.sample = reinterpret_cast<SampleParams*>(d + sample_at);
-  meta_.copies = reinterpret_cast<PageCopy*>(d + copies_at);
-  meta_.table = reinterpret_cast<int32_t*>(d + table_at_);
-  meta_.tiles = reinterpret_cast<int4*>(d + tiles_at_);
+  const size_t meta_bytes = lay_out(limits.rows, size_t(limits.slots) * limits.max_pages(), size_t(limits.rows));  // at most
+  meta_device_ = alloc_array<char>(meta_bytes);
   meta_.max_pages = limits.max_pages();
   meta_.last_token = alloc_array<int32_t>(size_t(limits.slots));
   // staging of edits and masks: edit_begin [samples + 1], mask_of [samples] | masks | edits
   const size_t words = kDecodeRows * size_t(mask_words(c.vocab)), edits = kDecodeRows * size_t(limits.edits(c.vocab));
   const size_t masks_at = aligned((kDecodeRows + 1) * 4) + aligned(kDecodeRows * 4), edits_at = masks_at + aligned(words * 4);
-  edits_bytes_ = edits_at + edits * sizeof(LogitEdit);
-  edits_device_ = alloc_array<char>(edits_bytes_);
+  const size_t edits_bytes = edits_at + aligned(edits * sizeof(LogitEdit));
+  edits_device_ = alloc_array<char>(edits_bytes);
   meta_.edit_begin = reinterpret_cast<int32_t*>(edits_device_);
   meta_.mask_of = reinterpret_cast<int32_t*>(edits_device_ + aligned((kDecodeRows + 1) * 4));
   meta_.masks = reinterpret_cast<uint32_t*>(edits_device_ + masks_at);
   meta_.edits = reinterpret_cast<LogitEdit*>(edits_device_ + edits_at);
-  for (int i = 0; i < 2; ++i) {
-    check(cudaMallocHost(reinterpret_cast<void**>(&staging_[i]), meta_bytes_), "pinned memory for the batch");
-    check(cudaMallocHost(reinterpret_cast<void**>(&edits_staging_[i]), edits_bytes_), "pinned memory for the batch");
-    check(cudaMallocHost(reinterpret_cast<void**>(&results_[i]), kResultBytes), "pinned memory for results");
-  }
+  // every device finds pinned memory at the address that the host has for it
+  const auto pinned = [](auto& to, size_t bytes) {
+    check(cudaHostAlloc(reinterpret_cast<void**>(&to), bytes, cudaHostAllocPortable | cudaHostAllocMapped), "pinned memory for steps");
+  };
+  for (int i = 0; i < 2; ++i) pinned(staging_[i], meta_bytes), pinned(edits_staging_[i], edits_bytes), pinned(results_[i], sizeof(StepResults));
 
   const RopeTable table = make_rope_table(c, limits.max_len);
   std::vector<float2> angles(table.cos.size());
@@ -72,7 +73,10 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
     const size_t parts = 2 * size_t(s_.sms) * kDecodeRows * kGroupRows;
     split_.partial = alloc_array<float>(parts);
     check(cudaMemsetAsync(split_.partial, 0xff, parts * sizeof(float), s_.stream), "planning");
-    ready_counters_ = alloc_array<int32_t>(size_t(c.layers) * kReadyStride);
+  }
+  if (act_ != DType::f32 && s_.dependent) {
+    ready_bytes_ = size_t(c.layers) * kReadyStride * sizeof(int32_t);
+    ready_counters_ = static_cast<int32_t*>(alloc(ready_bytes_));
   }
   if (quantized_ && act_ != DType::f32) integers_for(std::max(2 * c.hidden, c.heads * c.head_dim + c.intermediate), 0);
   if (quantized_ && act_ != DType::f32 && !s_.wgmma && replay) {
@@ -95,11 +99,7 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
   sampling_.top = alloc_array<float2>(kDecodeRows);
   sampling_.edited = alloc_array<float>(kDecodeRows * size_t(c.vocab));
   sampling_.most = alloc_array<float>(kDecodeRows);
-  // results: token, logprob [kDecodeRows] | top_token, top_logprob [kDecodeRows, kTopTokens]
-  sampling_.token = reinterpret_cast<int32_t*>(alloc_array<char>(kResultBytes));
-  sampling_.logprob = reinterpret_cast<float*>(sampling_.token + kDecodeRows);
-  sampling_.top_token = sampling_.token + 2 * kDecodeRows;
-  sampling_.top_logprob = reinterpret_cast<float*>(sampling_.top_token + kDecodeRows * kTopTokens);
+  sampling_.token = alloc_array<int32_t>(kDecodeRows);
   sampling_.top_part = alloc_array<unsigned long long>(kDecodeRows * kSampleParts * kTopTokens);
   sampling_.select = alloc_array<SampleSelect>(kDecodeRows);
   sampling_.count = alloc_array<uint32_t>(2 * kDecodeRows * kSampleBins);

@@ -30,8 +30,9 @@ __device__ __forceinline__ bool by_mass(const SampleParams& p) { return p.top_p 
 
 __device__ __forceinline__ void give(const Args& a, int s, int token) {
   const float2 top = a.scratch.top[s];
-  a.scratch.token[s] = token;
-  a.scratch.logprob[s] = a.logits[int64_t(s) * a.vocab + token] - top.x - top.y;
+  StepResults* const results = *a.m.results;
+  results->token[s] = token;
+  results->logprob[s] = a.logits[int64_t(s) * a.vocab + token] - top.x - top.y;
   a.m.last_token[slot_of(a, s)] = token;
 }
 

@@ -75,6 +75,7 @@ __global__ void __launch_bounds__(kThreads) top_kernel(const Args a) {
     own[j] = i % kTopTokens < k ? __ldcg(parts + i) : 0;
   }
   const float2 top = a.scratch.top[s];
+  StepResults* const results = *a.m.results;
   last = ~U64(0);
   for (int r = 0; r < k; ++r) {
     U64 best = 0;
@@ -84,8 +85,8 @@ __global__ void __launch_bounds__(kThreads) top_kernel(const Args a) {
     last = block_max(best, keys);
     if (threadIdx.x != 0) continue;
     const int id = last ? id_of(last) : -1;
-    a.scratch.top_token[s * kTopTokens + r] = id;
-    a.scratch.top_logprob[s * kTopTokens + r] = id < 0 ? 0.f : row[id] - top.x - top.y;
+    results->top_token[s * kTopTokens + r] = id;
+    results->top_logprob[s * kTopTokens + r] = id < 0 ? 0.f : row[id] - top.x - top.y;
   }
 }
 

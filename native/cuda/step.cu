@@ -1,5 +1,6 @@
-// Steps: the batch goes up in one copy, the ops become kernels, results come down behind an event. A step of decode rows alone
-// that samples every row is recorded as a CUDA graph for a number of rows (padded) and replayed.
+// Steps: the batch goes up at once, the ops become kernels, of which those that sample write results into memory of the host, and an event says
+// that they are there. A step of decode rows alone that samples every row is recorded as a CUDA graph for a number of rows (padded) and replayed.
+// Around a replayed step a copy engine has no work, as long as the batch is small: it is microseconds until one begins and again until kernels go on.
 #include <algorithm>
 #include <cstring>
 
@@ -15,11 +16,40 @@ int bucket_of(int rows) {
   return (rows + 7) / 8 * 8;
 }
 
+constexpr int kLoadThreads = 256;
+constexpr size_t kLoadMost = size_t(256) << 10;  // bytes; more come faster by a copy engine
+
+// From pinned memory, 16 bytes a thread; clears `zeros` times 16 bytes. Nothing may start before it has ended, as attention reads where its pages
+// are before it waits for its predecessor: it launches no dependents itself, and what it is for comes behind it as a graph.
+__global__ void __launch_bounds__(kLoadThreads) load_pinned(uint4* to, const uint4* from, int units, uint4* zero, int zeros) {
+  const int i = int(blockIdx.x) * kLoadThreads + int(threadIdx.x);
+  uint4 v = make_uint4(0, 0, 0, 0);
+  if (i < units) v = __ldcv(from + i);  // from the host, not from a cache
+  grid_wait();
+  if (i < units) to[i] = v;
+  for (int z = i; z < zeros; z += int(gridDim.x) * kLoadThreads) zero[z] = make_uint4(0, 0, 0, 0);
+}
+
 }  // namespace
 
-// Writes the batch to the staging buffer, rows padded, and sends it.
-void CudaOps::fill_meta(const Batch& b, int padded, int ticket) {
-  check(cudaEventSynchronize(uploaded_[ticket]), "uploading the batch");
+// Pinned memory to the device by a kernel, before a replayed step; `bytes` are rounded up to a multiple of 16, which zero_bytes are.
+void CudaOps::load(void* to, const void* from, size_t bytes, void* zero, size_t zero_bytes) {
+  const int units = int((bytes + 15) / 16);
+  launch(s_, load_pinned, (units + kLoadThreads - 1) / kLoadThreads, kLoadThreads, 0, static_cast<uint4*>(to), static_cast<const uint4*>(from), units,
+         static_cast<uint4*>(zero), int(zero_bytes / 16));
+}
+
+// Before the first kernel of a step and not between: what waits for a counter may start several kernels early, but not before this has ended.
+void CudaOps::clear_ready() {
+  if (ready_counters_) check(cudaMemsetAsync(ready_counters_, 0, ready_bytes_, s_.stream), "a step");
+}
+
+// Writes the batch to the staging buffer, rows padded, and sends it; clears what the step counts in.
+void CudaOps::fill_meta(const Batch& b, int padded, int ticket, bool replayed) {
+  check(cudaEventSynchronize(done_[ticket]), "an earlier step failed");
+  tiles_ = 0;
+  for (const Chunk& c : b.chunks) tiles_ += (c.count + kTileRows - 1) / kTileRows;
+  const size_t bytes = lay_out(padded, b.table.size(), size_t(tiles_));
   char* const base = staging_[ticket];
   auto host = [&](const void* device) { return base + (static_cast<const char*>(device) - meta_device_); };
   auto* token = reinterpret_cast<int32_t*>(host(meta_.token));
@@ -29,6 +59,7 @@ void CudaOps::fill_meta(const Batch& b, int padded, int ticket) {
   auto* settled = reinterpret_cast<int32_t*>(host(meta_.settled));
   auto* logit_row = reinterpret_cast<int32_t*>(host(meta_.logit_row));
   auto* sample = reinterpret_cast<SampleParams*>(host(meta_.sample));
+  *reinterpret_cast<StepResults**>(host(meta_.results)) = results_[ticket];
   std::vector<int> table_of(size_t(limits_.slots), 0);
   for (size_t i = 0; i < b.table_slot.size(); ++i) table_of[size_t(b.table_slot[i])] = int(i);
   std::vector<int> stored(size_t(limits_.slots), INT32_MAX);  // the first token of each sequence that this step stores
@@ -43,26 +74,28 @@ void CudaOps::fill_meta(const Batch& b, int padded, int ticket) {
   if (padded > b.rows())
     for (int i = b.samples(); i < padded; ++i) logit_row[i] = i, sample[i] = SampleParams{};
   std::memcpy(host(meta_.table), b.table.data(), b.table.size() * 4);
-  size_t bytes = table_at_ + b.table.size() * 4;
-  tiles_ = 0;
   prefill_keys_ = 0;
-  auto* tiles = reinterpret_cast<int4*>(host(meta_.tiles));
+  auto* tile = reinterpret_cast<int4*>(host(meta_.tiles));
   for (const Chunk& c : b.chunks) {
     for (int i = 0; i < c.count; i += kTileRows)
-      tiles[tiles_++] = make_int4(c.row + i, std::min(kTileRows, c.count - i), c.position + i, table_of[size_t(c.slot)]);
+      *tile++ = make_int4(c.row + i, std::min(kTileRows, c.count - i), c.position + i, table_of[size_t(c.slot)]);
     prefill_keys_ += c.position + c.count;
   }
-  if (tiles_) bytes = tiles_at_ + size_t(tiles_) * sizeof(int4);
-  check(cudaMemcpyAsync(meta_device_, base, bytes, cudaMemcpyHostToDevice, s_.stream), "uploading the batch");
-  if (passes_.edited) fill_edits(b, std::max(b.samples(), padded > b.rows() ? padded : 0), ticket);
-  check(cudaEventRecord(uploaded_[ticket], s_.stream), "uploading the batch");
+  if (replayed && bytes <= kLoadMost) {
+    load(meta_device_, base, bytes, ready_counters_, ready_bytes_);
+  } else {
+    check(cudaMemcpyAsync(meta_device_, base, bytes, cudaMemcpyHostToDevice, s_.stream), "uploading the batch");
+    clear_ready();
+  }
+  if (passes_.edited) fill_edits(b, std::max(b.samples(), padded > b.rows() ? padded : 0), ticket, replayed);
 }
 
 // Likewise the edits and masks; samples that only pad a recorded step have none.
-void CudaOps::fill_edits(const Batch& b, int padded, int ticket) {
+void CudaOps::fill_edits(const Batch& b, int padded, int ticket, bool replayed) {
   char* const base = edits_staging_[ticket];
   auto send = [&](const void* device, size_t bytes) {
     const size_t at = size_t(static_cast<const char*>(device) - edits_device_);
+    if (replayed && bytes <= kLoadMost) return load(edits_device_ + at, base + at, bytes);
     check(cudaMemcpyAsync(edits_device_ + at, base + at, bytes, cudaMemcpyHostToDevice, s_.stream), "uploading edits");
   };
   auto host = [&](const void* device) { return base + (static_cast<const char*>(device) - edits_device_); };
@@ -105,18 +138,19 @@ void CudaOps::step(const Batch& batch, int ticket, const std::function<void()>& 
   for (int i = 0; i < samples_ && recorded; ++i) recorded = batch.logit_row[i] == i;
   const int padded = std::min({bucket_of(rows_), limits_.rows, limits_.slots});
   recorded = recorded && padded >= rows_;
-  fill_meta(batch, recorded ? padded : rows_, ticket);
+  Recording* const recording = recorded ? &recordings_[{padded, passes_}] : nullptr;
+  const bool replayed = recording && recording->seen++ > 0;  // the first step of a kind runs as it is, which also loads its kernels
+  fill_meta(batch, recorded ? padded : rows_, ticket, replayed);
   Turns::Turn turn(*turns_, s_.stream, done_[ticket]);  // the batch is on its way before it
-  if (recorded) {
-    rows_ = decode_rows_ = samples_ = padded;
-    run_recorded(padded, body);
+  if (recorded) rows_ = decode_rows_ = samples_ = padded;
+  if (replayed) {
+    if (!recording->graph) recording->graph = record(body);
+    check(cudaGraphLaunch(recording->graph, s_.stream), "replaying a step");
   } else {
     run(body);
   }
   expected_[ticket] = batch.samples();
   expected_top_[ticket] = passes_.top;
-  if (batch.samples())
-    check(cudaMemcpyAsync(results_[ticket], sampling_.token, passes_.top ? kResultBytes : kDecodeRows * 8, cudaMemcpyDeviceToHost, s_.stream), "results");
   turn.end();
 }
 
@@ -144,20 +178,16 @@ cudaGraphExec_t CudaOps::record(const std::function<void()>& body) {
   return out;
 }
 
-// The first step of a kind runs as it is, which also loads its kernels; the second is recorded.
-void CudaOps::run_recorded(int rows, const std::function<void()>& body) {
-  Recording& r = recordings_[{rows, passes_}];
-  if (r.seen++ == 0) return run(body);
-  if (!r.graph) r.graph = record(body);
-  check(cudaGraphLaunch(r.graph, s_.stream), "replaying a step");
-}
-
 std::vector<double> CudaOps::time(const Batch& batch, int repeats, const std::function<void()>& body) {
   begin(batch);
-  fill_meta(batch, rows_, 0);
+  fill_meta(batch, rows_, 0, false);
   Turns::Turn turn(*turns_, s_.stream, done_[0]);
   run(body);
-  const std::unique_ptr<CUgraphExec_st, decltype(&cudaGraphExecDestroy)> graph(record(body), cudaGraphExecDestroy);
+  const auto again = [&] {
+    clear_ready();
+    body();
+  };
+  const std::unique_ptr<CUgraphExec_st, decltype(&cudaGraphExecDestroy)> graph(record(again), cudaGraphExecDestroy);
   std::vector<std::unique_ptr<CUevent_st, decltype(&cudaEventDestroy)>> events;
   for (int i = 0; i <= repeats; ++i) {
     cudaEvent_t event = nullptr;
@@ -183,17 +213,14 @@ std::vector<double> CudaOps::time(const Batch& batch, int repeats, const std::fu
 Sampled CudaOps::collect(int ticket) {
   use();
   check(cudaEventSynchronize(done_[ticket]), "a step failed");
+  const StepResults& results = *results_[ticket];  // what kernels before an event wrote to the host is there when the event is
   Sampled out;
   const int n = expected_[ticket];
-  const auto* token = reinterpret_cast<const int32_t*>(results_[ticket]);
-  const auto* logprob = reinterpret_cast<const float*>(results_[ticket] + kDecodeRows * 4);
-  out.token.assign(token, token + n);
-  out.logprob.assign(logprob, logprob + n);
+  out.token.assign(results.token, results.token + n);
+  out.logprob.assign(results.logprob, results.logprob + n);
   if (expected_top_[ticket] && n > 0) {
-    const auto* top_token = reinterpret_cast<const int32_t*>(results_[ticket] + kDecodeRows * 8);
-    const auto* top_logprob = reinterpret_cast<const float*>(results_[ticket] + kDecodeRows * 8 + kTopBytes);
-    out.top_token.assign(top_token, top_token + n * kTopTokens);
-    out.top_logprob.assign(top_logprob, top_logprob + n * kTopTokens);
+    out.top_token.assign(results.top_token, results.top_token + n * kTopTokens);
+    out.top_logprob.assign(results.top_logprob, results.top_logprob + n * kTopTokens);
   }
   return out;
 }
