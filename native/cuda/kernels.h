@@ -60,7 +60,7 @@ struct SplitScratch {
   uint8_t* integers = nullptr;  // rows of x as quantized weights multiply them (stream_x.cuh)
   size_t integers_bytes = 0;
 };
-constexpr size_t kIntegersBytes = 8 * (2048 + 128);  // of them, of 128 columns of kDecodeRows rows, at most
+constexpr size_t kIntegersBytes = kDecodeRows * 2 * (128 + 8);  // of them, of 128 columns of kDecodeRows rows, at most
 
 // How a kernel beside the streaming kernel learns that the latter's first output is stored.
 struct Ready {

@@ -136,7 +136,8 @@ void run(const Stream& s, DType act, const Outputs& o, int outputs, const float*
   const bool both = vectors && outputs == 2 && T >= kManyRows;
   auto go = [&](auto one, auto two, auto any) {
     const int threads = vectors ? (hidden + kEach * 128 - 1) / (kEach * 128) * 32 : kThreads;
-    launch(s, both ? two : vectors ? one : any, dim3(T, both ? 1 : outputs), threads, vectors && !both ? size_t(2 * kEach * threads) * 16 : 0, o, x, kind == NormKind::layer, eps, hidden);
+    const size_t terms = vectors && !both ? size_t(2 * kEach * threads) * sizeof(float4) : 0;
+    launch(s, both ? two : vectors ? one : any, dim3(T, both ? 1 : outputs), threads, terms, o, x, kind == NormKind::layer, eps, hidden);
   };
   switch (act) {
     case DType::f32: return go(norm_short<float, false>, norm_short<float, true>, norm_long<float>);

@@ -101,7 +101,8 @@ void CudaOps::linear_pair(void* ya, const void* xa, const Linear& wa, const Acti
       ready_ = {ready_counters_ + ready_calls_++ * kReadyStride, ready_count(int(wa.weight.rows))};
       ready_of_ = ya;
     }
-    decode_linear_pair(s_, act_, decode_rows_, input(xa, wa), {int(wa.weight.rows), ea}, input(xb, wb), {int(wb.weight.rows), eb}, scratch_for(wa, &wb), ready_);
+    decode_linear_pair(s_, act_, decode_rows_, input(xa, wa), {int(wa.weight.rows), ea}, input(xb, wb), {int(wb.weight.rows), eb}, scratch_for(wa, &wb),
+                       ready_);
     first = decode_rows_;
   }
   linear_rows(xa, wa, ea, first, decode_rows_, rows_);

@@ -149,10 +149,10 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : threads<W, NG, ONE>(
   const int stages = a.stages;
   uint32_t parity = 0;
   uint32_t read = 0;  // where the stage before this one is given back
+  bool come = false;  // what the next chunk's barrier said, asked before this one was multiplied
   // A stage is given back when the next chunk is taken: by then its last fragments have been multiplied, by instructions of the whole warp, so
   // they have come. An arrival right behind the loads overtakes them, and beside a block whose loads miss (attention) they stayed behind for
   // longer than a copy takes.
-  bool come = false;  // what the next chunk's barrier said, asked before this one was multiplied
   struct {
     const uint32_t &come_at, &read;
     uint32_t& parity;
@@ -227,28 +227,37 @@ constexpr int kLeastShared = 101376;  // bytes a block may have on the GPUs that
 template <class W, int NG> constexpr int kStageBytes = W::kBytes + W::kCols / 64 * NG * kXTile + NG * terms_bytes<W>();  // of a chunk and its x
 
 template <class W, int NG, bool ONE = false>
-void launch_stream(const Stream& s, DType act, Args& a) {
+void launch_stream(const Stream& s, DType act, Args& a, const SplitScratch& scratch) {
   constexpr int kReserve = 2048;  // alignment, and barriers
   static_assert(2 * kStageBytes<W, NG> + kReserve <= kLeastShared, "a ring has two stages at least");
   const int room = s.shared_max - kReserve - (s.bulk_copy ? kStashFloats<NG> * 4 : 0), beside = (room - s.beside) / kStageBytes<W, NG>;
   a.stages = std::min(beside >= 2 ? beside : room / kStageBytes<W, NG>, s.bulk_copy ? kStages : 4);  // attention has room beside two
   if (a.stages < 2) throw DeviceError(cat("CUDA: this device's ", s.shared_max, " bytes of shared memory per block are too few"));
-  if (s.bulk_copy)
+  if constexpr (kCodes<W>)
+    if (!ONE || !s.bulk_copy) {
+      static_assert(chunk_integers(NG, terms_bytes<W>()) <= kIntegersBytes, "what a plan has room for");
+      const Source &x = a.source[0], &y = a.source[1];
+      const int chunks = x.steps + y.steps;
+      if (chunks * kIntegersBytes > scratch.integers_bytes) throw DeviceError(cat("CUDA: no room for integers of ", chunks, " chunks of x"));
+      launch(s, prepare_rows<typename W::Type, W::kGroupCols>, dim3(chunks, NG), 256, 0, x.x, x.K, y.x, y.K, a.T, scratch.integers);
+      a.integers = scratch.integers;
+    }
+  if (s.bulk_copy && !a.integers)
     for (int i = 0; i < 2; ++i)
-      if (a.source[i].x && !a.integers) a.map[i] = rows_map(act, a.source[i].x, a.T, a.source[i].K, NG * 8);
+      if (a.source[i].x) a.map[i] = rows_map(act, a.source[i].x, a.T, a.source[i].K, NG * 8);
   launch(s, stream_matrix<W, NG, ONE>, int(std::min(uint32_t(s.sms), a.chunks[0] + a.chunks[1])), threads<W, NG, ONE>(s.bulk_copy),
          size_t(ring_bytes<W>(a.stages)) + size_t(a.stages) * (kStageBytes<W, NG> - W::kBytes) + 1024, a);
 }
 
 // rows [T, K] x matrix of chunks of W; x of kDecodeRows rows at most
 template <class W>
-void stream_rows(const Stream& s, DType act, Args& a) {
+void stream_rows(const Stream& s, DType act, Args& a, const SplitScratch& scratch) {
   if (a.T < 1 || a.T > kDecodeRows) throw DeviceError(cat("CUDA: a decode product of ", a.T, " rows; at most ", kDecodeRows));
-  if (a.T == 1) return launch_stream<W, 1, true>(s, act, a);
-  if (a.T <= 8) return launch_stream<W, 1>(s, act, a);
-  if (a.T <= 16) return launch_stream<W, 2>(s, act, a);
-  if (a.T <= 32) return launch_stream<W, 4>(s, act, a);
-  return launch_stream<W, 8>(s, act, a);
+  if (a.T == 1) return launch_stream<W, 1, true>(s, act, a, scratch);
+  if (a.T <= 8) return launch_stream<W, 1>(s, act, a, scratch);
+  if (a.T <= 16) return launch_stream<W, 2>(s, act, a, scratch);
+  if (a.T <= 32) return launch_stream<W, 4>(s, act, a, scratch);
+  return launch_stream<W, 8>(s, act, a, scratch);
 }
 
 template <class W>
@@ -283,14 +292,7 @@ void product(const Stream& s, DType act, int T, const DecodeInput& in, const Dec
   a.by_blocks = Divider(uint32_t(blocks));
   for (int o = 0; o < 2; ++o) a.by_steps[o] = Divider(uint32_t(std::max(1, a.steps[o])));
   a.ready = ready;
-  if constexpr (kCodes<W>)
-    if (T > 1 || !s.bulk_copy) {
-      const int groups = T <= 8 ? 1 : T <= 16 ? 2 : T <= 32 ? 4 : 8, chunks = a.source[0].steps + a.source[1].steps;
-      if (size_t(chunks) * chunk_integers(groups, terms_bytes<W>()) > scratch.integers_bytes) throw DeviceError(cat("CUDA: no room for integers of ", chunks, " chunks of x"));
-      launch(s, prepare_rows<typename W::Type, W::kGroupCols>, dim3(chunks, groups), 256, 0, a.source[0].x, a.source[0].K, a.source[1].x, a.source[1].K, T, scratch.integers);
-      a.integers = scratch.integers;
-    }
-  stream_rows<W>(s, act, a);
+  stream_rows<W>(s, act, a, scratch);
 }
 
 // The formats of linear_decode_quantized.cu; both inputs have the same.

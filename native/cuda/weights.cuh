@@ -99,8 +99,7 @@ __device__ __forceinline__ uint32_t digit(uint32_t w) {
 //   Type                     of x and of the fragments
 //   kBytes, kCols            of a chunk
 //   kTile                    bytes of a row tile's 64 columns
-//   kScale                   what sums over 64 columns are multiplied by: nothing, the row's scale, or Group::scale
-//   kBlocks                  blocks of 64 columns that have a Group in common
+//   kScale                   what sums of products are multiplied by: nothing, the row's scale, or Group::scale
 //   group(chunk, tile, block, lane)   what the codes of rows 16 tile + lane / 4 and that + 8 have in common
 //   Codes, codes(chunk, tile, block, lane)   a lane's share of rows 16 tile .. + 15, columns 64 block .. + 63
 //   fragment<s>(codes, group)         A operand of columns 64 block + 16 s .. + 15
@@ -126,7 +125,7 @@ template <class T>
 struct Weights16 {
   using Type = T;
   using Group = NoGroup;
-  static constexpr int kCols = kChunkCols, kBytes = kChunkBytes, kTile = kRowTileBytes, kBlocks = 1;
+  static constexpr int kCols = kChunkCols, kBytes = kChunkBytes, kTile = kRowTileBytes;
   static constexpr Scale kScale = Scale::none;
   template <class P> static __device__ __forceinline__ Group group(P, int, int, int) { return {}; }
   using Codes = Words<4>;
@@ -144,7 +143,7 @@ template <class T>
 struct Weights8 {
   using Type = T;
   using Group = NoGroup;
-  static constexpr int kCols = kCols8, kBytes = kBytes8, kTile = kTile8, kBlocks = 1, kGroupCols = kCols8, kHigh = 1;
+  static constexpr int kCols = kCols8, kBytes = kBytes8, kTile = kTile8, kGroupCols = kCols8, kHigh = 1;
   static constexpr Scale kScale = Scale::row;
   template <class P> static __device__ __forceinline__ Group group(P, int, int, int) { return {}; }
 
@@ -229,11 +228,18 @@ struct Weights4 {
     }
     return a;
   }
+  // Of a group of columns, as the chunk has them, two rows each: at is 8 tile + g.
+  template <class P> static __device__ __forceinline__ uint32_t stored_zeros(P chunk, int at, int group) {
+    return load2(chunk + (kCodes4 + kScales + at * (2 * kGroups) + group * 2));
+  }
+  template <class P> static __device__ __forceinline__ uint32_t stored_scales(P chunk, int at, int group) {
+    return load4(chunk + (kCodes4 + at * (4 * kGroups) + group * 4));
+  }
   template <class P>
   static __device__ __forceinline__ Group group(P chunk, int tile, int block, int lane) {
     const int at = tile * 8 + lane / 4;
-    Group g = excess(load2(chunk + (kCodes4 + kScales + at * (2 * kGroups) + block / kBlocks * 2)));
-    const uint32_t scales = load4(chunk + (kCodes4 + at * (4 * kGroups) + block / kBlocks * 4));
+    Group g = excess(stored_zeros(chunk, at, block / kBlocks));
+    const uint32_t scales = stored_scales(chunk, at, block / kBlocks);
     g.scale = __half22float2(as_half2(scales));
     return g;
   }
@@ -243,11 +249,11 @@ struct Weights4 {
     return make_uint4(v & 0x0f0f0f0f, v & 0xf0f0f0f0, w & 0x0f0f0f0f, w & 0xf0f0f0f0);
   }
   static __device__ __forceinline__ int2 zeros(Shared chunk, int tile, int group, int lane) {
-    const uint32_t zero = load2(chunk + (kCodes4 + kScales + (tile * 8 + lane / 4) * (2 * kGroups) + group * 2));
+    const uint32_t zero = stored_zeros(chunk, tile * 8 + lane / 4, group);
     return make_int2(zero & 0xff, std::is_same<T, __half>::value ? zero >> 8 : (zero >> 8) * kHigh);
   }
   static __device__ __forceinline__ float2 scales(Shared chunk, int tile, int group, int lane) {
-    return __half22float2(as_half2(load4(chunk + (kCodes4 + (tile * 8 + lane / 4) * (4 * kGroups) + group * 4))));
+    return __half22float2(as_half2(stored_scales(chunk, tile * 8 + lane / 4, group)));
   }
 };
 
