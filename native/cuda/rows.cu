@@ -17,10 +17,9 @@ template <class T>
 __global__ void embed_rows(float* __restrict__ x, const T* __restrict__ table, StepMeta m, int hidden, int vocab) {
   launch_dependents();
   grid_wait();
-  const int t = blockIdx.x, slot = m.slot[t];
-  int token = slot < 0 ? -1 : m.token[t];
-  if (slot >= 0 && token == kLastToken) token = m.last_token[slot];
-  const bool known = token >= 0 && token < vocab;
+  const int t = blockIdx.x, slot = m.slot[t], given = m.token[t];  // asked for together
+  const int token = given == kLastToken && slot >= 0 ? m.last_token[slot] : given;
+  const bool known = slot >= 0 && token >= 0 && token < vocab;
   for (int i = blockIdx.y * blockDim.x + threadIdx.x; i < hidden; i += gridDim.y * blockDim.x)
     x[int64_t(t) * hidden + i] = known ? weight_at(table, token, i, hidden) : 0.f;
 }

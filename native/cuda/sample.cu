@@ -34,7 +34,9 @@ __global__ void __launch_bounds__(kThreads) row_top(const Args a) {
   launch_dependents();
   grid_wait();
   const int s = blockIdx.y;
-  if (slot_of(a, s) < 0) return;
+  const Goal to(a, s);
+  if (to.slot < 0) return;
+  const SampleParams p = a.m.sample[s];  // what is needed last is asked for first
   const float* row = a.logits + int64_t(s) * a.vocab;
   const int begin = begin_of(a.vocab), end = end_of(a.vocab);
   float v[kEach];
@@ -50,7 +52,7 @@ __global__ void __launch_bounds__(kThreads) row_top(const Args a) {
       if (i0 + j * kThreads < end) best = max(best, ranked(rule::order_key(v[j]), i0 + j * kThreads));
   }
   best = block_max(best, keys);
-  const float m = best ? row[id_of(best)] : 0.f;  // 0: a part without tokens
+  const float m = best ? logit_of(best) : 0.f;  // 0: a part without tokens
   float sum = 0.f;
   for (int i0 = begin + threadIdx.x; i0 < end; i0 += kEach * kThreads) {
     if (end - begin > kEach * kThreads) load(i0);
@@ -70,17 +72,18 @@ __global__ void __launch_bounds__(kThreads) row_top(const Args a) {
   }
   if (!last_to_arrive(a, s) || threadIdx.x >= kSampleParts) return;
   const U64 part = __ldcg(a.scratch.best + s * kSampleParts + threadIdx.x);
-  const float part_sum = __ldcg(a.scratch.sum + s * kSampleParts + threadIdx.x), part_top = part ? row[id_of(part)] : 0.f;
+  const float part_sum = __ldcg(a.scratch.sum + s * kSampleParts + threadIdx.x), part_top = part ? logit_of(part) : 0.f;
   best = part;
 #pragma unroll
   for (int o = 16; o > 0; o /= 2) best = max(best, __shfl_xor_sync(~0u, best, o));
-  const float most = row[id_of(best)];
+  const float most = logit_of(best);
   double total = part ? double(part_sum) * double(weight_of(part_top, most)) : 0.0;
 #pragma unroll
   for (int o = 16; o > 0; o /= 2) total += __shfl_xor_sync(~0u, total, o);
   if (threadIdx.x == 0) {
-    a.scratch.top[s] = make_float2(most, float(log(total)));
-    if (!is_edited(a, s)) start(a, s, id_of(best), most);
+    const float2 top = make_float2(most, float(log(total)));
+    a.scratch.top[s] = top;
+    if (!is_edited(a, s) && start(a, s, p, id_of(best), most)) give(a, s, to, id_of(best), most, top);
   }
 }
 
@@ -255,7 +258,9 @@ __global__ void __launch_bounds__(kThreads) choose(const Args a) {
   best = threadIdx.x < gridDim.x ? __ldcg(a.scratch.best + s * kSampleParts + threadIdx.x) : 0;
 #pragma unroll
   for (int o = 16; o > 0; o /= 2) best = max(best, __shfl_xor_sync(~0u, best, o));
-  if (threadIdx.x == 0) give(a, s, best ? id_of(best) : a.scratch.token[s]);  // no score that is a number: the greatest logit
+  if (threadIdx.x != 0) return;
+  const int token = best ? id_of(best) : a.scratch.token[s];  // no score that is a number: the greatest logit
+  give(a, s, Goal(a, s), token, a.logits[int64_t(s) * n + token], a.scratch.top[s]);
 }
 
 }  // namespace

@@ -28,17 +28,23 @@ __device__ __forceinline__ const float* row_of(const Args& a, int s) { return (i
 __device__ __forceinline__ bool by_count(const SampleParams& p, int vocab) { return p.top_k > 0 && p.top_k < vocab; }
 __device__ __forceinline__ bool by_mass(const SampleParams& p) { return p.top_p < 1.f; }
 
-__device__ __forceinline__ void give(const Args& a, int s, int token) {
-  const float2 top = a.scratch.top[s];
-  StepResults* const results = *a.m.results;
-  results->token[s] = token;
-  results->logprob[s] = a.logits[int64_t(s) * a.vocab + token] - top.x - top.y;
-  a.m.last_token[slot_of(a, s)] = token;
+// Where what sample s becomes goes.
+struct Goal {
+  int slot;
+  StepResults* results;
+  __device__ __forceinline__ Goal(const Args& a, int s) : slot(slot_of(a, s)), results(*a.m.results) {}
+};
+// logit: the token's in the raw row; top: SampleScratch::top
+__device__ __forceinline__ void give(const Args& a, int s, const Goal& to, int token, float logit, float2 top) {
+  to.results->token[s] = token;
+  to.results->logprob[s] = logit - top.x - top.y;
+  a.m.last_token[to.slot] = token;
 }
 
 // greater key first, then the lower id
 __device__ __forceinline__ U64 ranked(uint32_t key, int id) { return U64(key) << 32 | uint32_t(~id); }
 __device__ __forceinline__ int id_of(U64 ranked) { return int(~uint32_t(ranked)); }
+__device__ __forceinline__ float logit_of(U64 ranked) { return rule::float_of_key(uint32_t(ranked >> 32)); }
 
 __device__ __forceinline__ U64 block_max(U64 v, U64* parts /*[kWarps]*/) {
 #pragma unroll
@@ -69,16 +75,15 @@ __device__ __forceinline__ bool last_to_arrive(const Args& a, int s) {
 __device__ __forceinline__ int begin_of(int64_t n) { return int(n * blockIdx.x / gridDim.x); }
 __device__ __forceinline__ int end_of(int64_t n) { return int(n * (blockIdx.x + 1) / gridDim.x); }
 
-// The greatest logit of the row is known: the choice begins, for a greedy sample it ends.
-__device__ __forceinline__ void start(const Args& a, int s, int token, float most) {
-  const SampleParams p = a.m.sample[s];
+// The greatest logit of the row is known: the choice begins. True for a greedy sample, which is this token.
+__device__ __forceinline__ bool start(const Args& a, int s, const SampleParams& p, int token, float most) {
   a.scratch.most[s] = most;
   a.scratch.token[s] = token;
   SampleSelect select{};
   select.threshold = 1;  // everything but NaN
   select.digits = by_count(p, a.vocab) || by_mass(p) ? 0 : kDigits;
   a.scratch.select[s] = select;
-  if (!(p.temperature > 0.f)) give(a, s, token);
+  return !(p.temperature > 0.f);
 }
 
 // Both after the raw rows' greatest logits are known; S samples.

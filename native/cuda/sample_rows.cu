@@ -32,7 +32,8 @@ __global__ void __launch_bounds__(kThreads) edit_kernel(const Args a) {
   best = __ldcg(a.scratch.best + s * kSampleParts + threadIdx.x);
 #pragma unroll
   for (int o = 16; o > 0; o /= 2) best = max(best, __shfl_xor_sync(~0u, best, o));
-  if (threadIdx.x == 0) start(a, s, id_of(best), __ldcg(row + id_of(best)));
+  if (threadIdx.x == 0 && start(a, s, a.m.sample[s], id_of(best), logit_of(best)))
+    give(a, s, Goal(a, s), id_of(best), a.logits[int64_t(s) * n + id_of(best)], a.scratch.top[s]);
 }
 
 // The most likely tokens of the rows that report them: those of each part, then of all parts. grid (kSampleParts, S)

@@ -64,6 +64,8 @@ CODEFUSE_HD uint32_t order_key(float x) {
   if ((u & 0x7fffffffu) > 0x7f800000u) return 0;
   return (u & 0x80000000u) ? ~u : (u | 0x80000000u);
 }
+// The float of a key; of 0 NaN.
+CODEFUSE_HD float float_of_key(uint32_t key) { return float_of(key & 0x80000000u ? key & 0x7fffffffu : ~key); }
 
 // LogitEdit (batch.h)
 CODEFUSE_HD float edited(float logit, float add_to_it, float penalty) {
