@@ -18,12 +18,15 @@ namespace codefuse::cuda {
 namespace {
 
 constexpr int kWarps = 4, kTokens = 16, kHeads = 8;  // of a block; of a warp at a time; of Q in a block
-constexpr int kSlots = 3;                            // of a warp's ring
 constexpr int kMostSegments = 32;
 static_assert(kWarps * kTokens == kSplitTokens && kPageTokens % kTokens == 0, "");
 
-template <int D> constexpr int kSlotBytes = kTokens * D * 2;
-template <int D> constexpr int kSharedBytes = kWarps * kSlots * kSlotBytes<D> + kHeads * (D + 8) * 2;
+constexpr int slot_bytes(int head_dim) { return kTokens * head_dim * 2; }
+template <int D> constexpr int kSlotBytes = slot_bytes(D);
+constexpr int shared_bytes(int head_dim, int slots) { return kWarps * slots * slot_bytes(head_dim) + kHeads * (head_dim + 8) * 2; }
+constexpr int kSystemShared = 1024 + 256;  // of a block, the system's and static
+// Of a warp's ring. Beside weights a copy takes its time: as many as have room, where one row's blocks are no more than multiprocessors.
+constexpr int kSlots = 3, kMoreSlots = 5, kMostSlots = 6;
 
 // 8x8 of 16 bits, transposed: from (row lane / 4, columns 2 (lane % 4) ..) of a to the same of its transpose
 __device__ __forceinline__ uint32_t transposed(uint32_t a) {
@@ -47,7 +50,7 @@ __device__ __forceinline__ void wait_for(const Ready& ready) {
 }
 
 // grid (kv_heads x ceil(group / kHeads), rows, segments)
-template <class T, int D, bool FUSE>
+template <class T, int D, bool FUSE, int SLOTS>
 __global__ void __launch_bounds__(kWarps * 32, 4) attend(T* __restrict__ out, const T* __restrict__ qkv, T* keys, T* values, const DecodeAttention a) {
   constexpr int kUnits = D / 8, kRow = D * 2;  // of 16 bytes, of a token; bytes of a token
   constexpr int kQStride = D + 8;
@@ -74,11 +77,12 @@ __global__ void __launch_bounds__(kWarps * 32, 4) attend(T* __restrict__ out, co
   const int token0 = (first_split + blockIdx.z * each) * kSplitTokens + warp * kTokens;  // of the first
   const int ends = min(last + 1, (first_split + min(splits, int(blockIdx.z + 1) * each)) * kSplitTokens);
   const int slices = token0 < ends ? (ends - token0 + kSplitTokens - 1) / kSplitTokens : 0;
-  const uint32_t ring = shared_address(shared) + warp * kSlots * kSlotBytes<D>;
+  const uint32_t ring = shared_address(shared) + warp * SLOTS * kSlotBytes<D>;
   // unit u of a token lies at u ^ (token % 8), so that eight tokens' are in different banks. What is constant of u and token can be exclusive-ored
   // into the address: rows are as long as the units are many.
   const auto place = [&](int token, int unit) { return ring + token * kRow + ((unit ^ (token & 7)) * 16); };
   int pages = 0, issued = 0, slot_in = 0, slot = 0;  // pages: lane i has that of slice i, of each 32 slices
+  const uint64_t policy = once_policy();
   // the next of K, V, K, V ...; behind the last one nothing
   const uint32_t copy_to = place(lane / kUnits, lane % kUnits);
   const auto fetch = [&] {
@@ -92,7 +96,11 @@ __global__ void __launch_bounds__(kWarps * 32, 4) attend(T* __restrict__ out, co
       const T* base = (issued % 2 ? values : keys) + ((int64_t(page) * a.kv_heads + kv_head) * kPageTokens + from % kPageTokens) * D + lane * 8;
       const uint32_t to = copy_to + slot_in * kSlotBytes<D>;
       const auto copy = [&](int i, int bytes) {  // of 32 / kUnits tokens
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"((to ^ (i * 32 / kUnits % 8 * 16)) + i * 512), "l"(base + i * 256), "r"(bytes) : "memory");
+        const uint32_t at = (to ^ (i * 32 / kUnits % 8 * 16)) + i * 512;
+        if constexpr (SLOTS > kSlots)  // one row: no other reads these pages
+          copy16_once(at, base + i * 256, bytes, policy);
+        else
+          asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(base + i * 256), "r"(bytes) : "memory");
       };
       constexpr int kCopies = kTokens * kUnits / 32;
       if (from >= first && from + kTokens <= stored) {
@@ -108,11 +116,11 @@ __global__ void __launch_bounds__(kWarps * 32, 4) attend(T* __restrict__ out, co
     }
     copy_commit();
     ++issued;
-    if (++slot_in == kSlots) slot_in = 0;
+    if (++slot_in == SLOTS) slot_in = 0;
   };
   const auto is_settled = [&](int slice) { return min(token0 + slice * kSplitTokens + kTokens, stored) <= settled; };
 #pragma unroll 1
-  while (issued < kSlots && is_settled(issued / 2)) fetch();
+  while (issued < SLOTS && is_settled(issued / 2)) fetch();
 
   float2 angle[8];
   const int at = lane % kUnits * 8, pairs = a.rope_dim / 2, partner = at < pairs ? at + pairs : at - pairs;
@@ -140,10 +148,10 @@ __global__ void __launch_bounds__(kWarps * 32, 4) attend(T* __restrict__ out, co
   };
   wait_for(a.ready);
 #pragma unroll 1
-  while (issued < kSlots) fetch();
+  while (issued < SLOTS) fetch();
 
   // Q [head][kQStride], then the B operand of the first product: head g's elements 16 i + 2 t, + 1 and + 8, + 9
-  T* const q_at = reinterpret_cast<T*>(shared + kWarps * kSlots * kSlotBytes<D>);
+  T* const q_at = reinterpret_cast<T*>(shared + kWarps * SLOTS * kSlotBytes<D>);
   for (int h = threadIdx.x / kUnits; h < heads; h += kWarps * 32 / kUnits)
     *reinterpret_cast<uint4*>(q_at + h * kQStride + at) = turned(qkv + int64_t(head0 + h) * D).raw[0];
   const int own_slice = (last - token0) / kSplitTokens;
@@ -167,14 +175,14 @@ __global__ void __launch_bounds__(kWarps * 32, 4) attend(T* __restrict__ out, co
 
   // the oldest fetch is there, with the row's own K or V
   const auto take = [&](int slice, const uint4& own) {
-    copy_wait<kSlots - 1>();
+    copy_wait<SLOTS - 1>();
     if (owns && slice == own_slice && lane < kUnits)
       asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(place(last % kTokens, lane) + slot * kSlotBytes<D>), "r"(own.x), "r"(own.y), "r"(own.z), "r"(own.w) : "memory");
     __syncwarp();
   };
   const auto give_back = [&] {
     __syncwarp();
-    if (++slot == kSlots) slot = 0;
+    if (++slot == SLOTS) slot = 0;
     fetch();
   };
   const uint32_t k_at = place(lane % 16, lane / 16), v_at = place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
@@ -229,7 +237,7 @@ __global__ void __launch_bounds__(kWarps * 32, 4) attend(T* __restrict__ out, co
 
   // [warp][head][D + 2] in the rings
   float* const sums = reinterpret_cast<float*>(shared);
-  constexpr int kSums = kSlots * kSlotBytes<D> / 4;  // of a warp
+  constexpr int kSums = SLOTS * kSlotBytes<D> / 4;  // of a warp
   static_assert(kHeads * (D + 2) <= kSums, "");
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -270,12 +278,21 @@ __global__ void __launch_bounds__(kWarps * 32, 4) attend(T* __restrict__ out, co
 template <class T>
 void run(const Stream& s, void* out, const void* qkv, const KvLayer& kv, DecodeAttention a, int rows, int rows_at_once, bool fuse) {
   const bool wide = a.head_dim == 128;
-  const auto kernel = wide ? (fuse ? attend<T, 128, true> : attend<T, 128, false>) : (fuse ? attend<T, 64, true> : attend<T, 64, false>);
+  auto kernel = wide ? (fuse ? attend<T, 128, true, kSlots> : attend<T, 128, false, kSlots>) : (fuse ? attend<T, 64, true, kSlots> : attend<T, 64, false, kSlots>);
+  int shared = shared_bytes(a.head_dim, kSlots);
+  const auto with = [&](auto slots) {
+    constexpr int kOf = decltype(slots)::value;
+    if (!fuse || rows > 1 || a.ready.room < shared_bytes(a.head_dim, kOf) + kSystemShared) return;
+    kernel = wide ? attend<T, 128, true, kOf> : attend<T, 64, true, kOf>;
+    shared = shared_bytes(a.head_dim, kOf);
+  };
+  with(std::integral_constant<int, kMoreSlots>());
+  with(std::integral_constant<int, kMostSlots>());
   const int group = a.heads / a.kv_heads, across = a.kv_heads * ((group + kHeads - 1) / kHeads);
   const int segments = std::max(1, std::min({kMostSegments, a.splits, s.sms / across}));
   for (int row = 0; row < rows; row += rows_at_once, a.row0 += rows_at_once) {
-    launch(s, kernel, dim3(across, std::min(rows_at_once, rows - row), segments), kWarps * 32, wide ? kSharedBytes<128> : kSharedBytes<64>, static_cast<T*>(out),
-           static_cast<const T*>(qkv), static_cast<T*>(kv.k), static_cast<T*>(kv.v), a);
+    launch(s, kernel, dim3(across, std::min(rows_at_once, rows - row), segments), kWarps * 32, shared, static_cast<T*>(out), static_cast<const T*>(qkv),
+           static_cast<T*>(kv.k), static_cast<T*>(kv.v), a);
     a.ready = {};  // the next launch has the scratch of this one, and so waits for its end
   }
 }
@@ -283,7 +300,7 @@ void run(const Stream& s, void* out, const void* qkv, const KvLayer& kv, DecodeA
 }  // namespace
 
 bool attention_mma_fits(DType act, int head_dim) { return act != DType::f32 && (head_dim == 64 || head_dim == 128); }
-int rope_attention_shared(const AttentionShape& a) { return (a.head_dim == 128 ? kSharedBytes<128> : kSharedBytes<64>) + 128; }
+int rope_attention_shared(const AttentionShape& a, bool one) { return shared_bytes(a.head_dim, one ? kMoreSlots : kSlots) + kSystemShared; }
 
 void attention_mma(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const DecodeAttention& a, int rows, int rows_at_once, bool fuse) {
   act == DType::f16 ? run<__half>(s, out, qkv, kv, a, rows, rows_at_once, fuse) : run<__nv_bfloat16>(s, out, qkv, kv, a, rows, rows_at_once, fuse);

@@ -29,7 +29,9 @@ struct Stream {
   int carveout = 100;
   int sms = 0;          // multiprocessors
   int shared_max = 0;   // bytes of shared memory one block may have
+  int shared_sm = 0;    // and all blocks of a multiprocessor, with what the system takes of each
   int beside = 0;       // of a block of attention that is to have room beside the streaming kernel's, with what the system takes of a block
+  int beside_one = 0;   // the same of one row's
   bool bulk_copy = false;  // cp.async.bulk and mbarriers (9.0)
   bool wgmma = false;      // warpgroup matrix instructions (9.0a)
 };
@@ -48,7 +50,7 @@ void launch(const Stream& s, void (*kernel)(P...), dim3 grid, dim3 block, size_t
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   c.attrs = attributes;
   c.numAttrs = s.dependent ? 2 : 1;
-  if (shared > 48 << 10)
+  if (shared > 32 << 10)  // static shared memory is none of it, and counts
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared memory");
   check(cudaLaunchKernelEx(&c, kernel, P(args)...), "launch");
 }
@@ -101,6 +103,16 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint3
 __device__ __forceinline__ void copy16(void* dst, const void* src, int bytes = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(dst)), "l"(src), "r"(bytes) : "memory");
 }
+// what is read once gives way in L2 to everything else
+__device__ __forceinline__ uint64_t once_policy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+// copy16() to a shared address
+__device__ __forceinline__ void copy16_once(uint32_t dst, const void* src, int bytes, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(dst), "l"(src), "r"(bytes), "l"(policy) : "memory");
+}
 __device__ __forceinline__ void copy4(void* dst, const void* src) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(dst)), "l"(src) : "memory");
 }
@@ -137,10 +149,8 @@ __device__ __forceinline__ void bulk_copy(void* dst, const void* src, uint32_t b
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(dst)),
                "l"(src), "r"(bytes), "r"(shared_address(b)) : "memory");
 }
-// of what is read once: it gives way in L2 to everything else
 __device__ __forceinline__ void bulk_copy_once(void* dst, const void* src, uint32_t bytes, uint64_t* b) {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  const uint64_t policy = once_policy();
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(dst)),
                "l"(src), "r"(bytes), "r"(shared_address(b)), "l"(policy) : "memory");
 }

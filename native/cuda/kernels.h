@@ -66,6 +66,7 @@ constexpr size_t kIntegersBytes = kDecodeRows * 2 * (128 + 8);  // of them, of 1
 struct Ready {
   int32_t* counter = nullptr;  // zero before the streaming kernel; nullptr: no such news
   int expected = 0;            // its value when all is stored
+  int room = 0;                // bytes of shared memory that the streaming kernel leaves of a multiprocessor
 };
 
 // y[t] from x W^T + b for T <= kDecodeRows decode rows.
@@ -80,9 +81,9 @@ struct DecodeOutput {
   Epilogue epilogue;
 };
 void decode_linear(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const SplitScratch& scratch);
-// Two products in one launch, of the same format. ready: of out_a, whose rows are stored first.
+// Two products in one launch, of the same format. ready: of out_a, whose rows are stored first; its room is set.
 void decode_linear_pair(const Stream& s, DType act, int T, const DecodeInput& in_a, const DecodeOutput& out_a, const DecodeInput& in_b,
-                        const DecodeOutput& out_b, const SplitScratch& scratch, const Ready& ready = {});
+                        const DecodeOutput& out_b, const SplitScratch& scratch, Ready& ready);
 int ready_count(int N);  // what Ready::expected is for an output of N columns
 // One output of two: x_a W_a^T + x_b W_b^T.
 void decode_linear_sum(const Stream& s, DType act, int T, const DecodeInput& in_a, const DecodeInput& in_b, const DecodeOutput& out,
@@ -148,7 +149,8 @@ void attention_rows(const Stream& s, DType act, void* out, const void* qkv, cons
 // rope_store and attention_rows of rows [0, T) at once, the same bit for bit; every row of a sequence of its own, qkv left as it is.
 // ready: of qkv, which is else read when the kernel's predecessor has ended.
 bool rope_attention_fits(DType act, const AttentionShape& a);
-int rope_attention_shared(const AttentionShape& a);  // bytes of shared memory that a block has
+// Bytes of a multiprocessor's shared memory that a block takes; one: of a single row, if there is room for more copies under way.
+int rope_attention_shared(const AttentionShape& a, bool one);
 void rope_attention_rows(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const float2* angles, const StepMeta& m, int T,
                          const AttentionShape& a, const AttentionScratch& scratch, const Ready& ready = {});
 // What the host knows of a step's prefill rows and their sequences.

@@ -5,11 +5,12 @@ namespace codefuse::cuda {
 
 namespace {
 
-void run(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const DecodeInput* in_b, const DecodeOutput* out_b,
-         const SplitScratch& scratch, const Ready& ready = {}) {
-  if (is_quantized(in.format)) return stream::product_quantized(s, act, T, in, out, in_b, out_b, scratch, ready.counter);
-  act == DType::f16 ? stream::product<Weights16<__half>>(s, act, T, in, out, in_b, out_b, scratch, ready.counter)
-                    : stream::product<Weights16<__nv_bfloat16>>(s, act, T, in, out, in_b, out_b, scratch, ready.counter);
+// Bytes of shared memory left of a multiprocessor.
+int run(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const DecodeInput* in_b, const DecodeOutput* out_b,
+        const SplitScratch& scratch, int32_t* ready = nullptr) {
+  if (is_quantized(in.format)) return stream::product_quantized(s, act, T, in, out, in_b, out_b, scratch, ready);
+  return act == DType::f16 ? stream::product<Weights16<__half>>(s, act, T, in, out, in_b, out_b, scratch, ready)
+                           : stream::product<Weights16<__nv_bfloat16>>(s, act, T, in, out, in_b, out_b, scratch, ready);
 }
 
 }  // namespace
@@ -19,8 +20,8 @@ void decode_linear(const Stream& s, DType act, int T, const DecodeInput& in, con
 }
 
 void decode_linear_pair(const Stream& s, DType act, int T, const DecodeInput& in_a, const DecodeOutput& out_a, const DecodeInput& in_b,
-                        const DecodeOutput& out_b, const SplitScratch& scratch, const Ready& ready) {
-  run(s, act, T, in_a, out_a, &in_b, &out_b, scratch, ready);
+                        const DecodeOutput& out_b, const SplitScratch& scratch, Ready& ready) {
+  ready.room = run(s, act, T, in_a, out_a, &in_b, &out_b, scratch, ready.counter);
 }
 
 int ready_count(int N) { return int(groups_of(N)) * 16; }  // by row tiles

@@ -3,10 +3,10 @@
 
 namespace codefuse::cuda::stream {
 
-void product_quantized(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const DecodeInput* in_b,
-                       const DecodeOutput* out_b, const SplitScratch& scratch, int32_t* ready) {
-  const auto run = [&](auto weights) { product<decltype(weights)>(s, act, T, in, out, in_b, out_b, scratch, ready); };
-  act == DType::f16 ? with_quantized<__half>(in.format, run) : with_quantized<__nv_bfloat16>(in.format, run);
+int product_quantized(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const DecodeInput* in_b,
+                      const DecodeOutput* out_b, const SplitScratch& scratch, int32_t* ready) {
+  const auto run = [&](auto weights) { return product<decltype(weights)>(s, act, T, in, out, in_b, out_b, scratch, ready); };
+  return act == DType::f16 ? with_quantized<__half>(in.format, run) : with_quantized<__nv_bfloat16>(in.format, run);
 }
 
 }  // namespace codefuse::cuda::stream

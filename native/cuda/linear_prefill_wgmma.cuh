@@ -82,7 +82,7 @@ __device__ __forceinline__ void load_fragments(uint4 (&a)[4], const uint8_t* sta
   } else {
     const int at = tile * 8 + lane / 4, group = block / W::kBlocks;
     const __half2 scale = *reinterpret_cast<const __half2*>(stage + 8 * kTile4 + at * (4 * W::kGroups) + group * 4);  // of row g, of row g + 8
-    fragments<W>(a, W::tile_codes(stage + tile * kTile4, lane), W::excess(load2(stage + (8 * kTile4 + W::kScales / 2 + at * (2 * W::kGroups) + group * 2))));
+    fragments<W>(a, W::tile_codes(stage + tile * kTile4, lane), W::excess(load1(stage + (8 * kTile4 + W::kScales / 2 + at * W::kGroups + group))));
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       if constexpr (std::is_same<T, __half>::value) {

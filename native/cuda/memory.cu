@@ -26,8 +26,9 @@ CudaOps::CudaOps(int index, DType act, int threads, int shared_max)
   s_.bulk_copy = s_.dependent = code.ptxVersion >= 90;  // the kernels' own #if, whatever the device could do
   s_.wgmma = s_.bulk_copy && has_wgmma();
   check(cudaDeviceGetAttribute(&s_.sms, cudaDevAttrMultiProcessorCount, index_), "multiprocessors");
+  check(cudaDeviceGetAttribute(&s_.shared_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index_), "shared memory");
   check(cudaDeviceGetAttribute(&s_.shared_max, cudaDevAttrMaxSharedMemoryPerBlockOptin, index_), "shared memory");
-  if (shared_max > 0) s_.shared_max = std::min(s_.shared_max, shared_max);
+  if (shared_max > 0) s_.shared_max = std::min(s_.shared_max, shared_max), s_.shared_sm = std::min(s_.shared_sm, shared_max + 1024);
   check(cudaStreamCreateWithFlags(&s_.stream, cudaStreamNonBlocking), "stream");
   overflow_ = alloc_array<int32_t>(1);
   for (cudaEvent_t& done : done_) check(cudaEventCreateWithFlags(&done, cudaEventDisableTiming), "event");

@@ -96,6 +96,7 @@ void CudaOps::linear_pair(void* ya, const void* xa, const Linear& wa, const Acti
   if (streams(xa, wa) && streams(xb, wb) && same_chunks(wa, wb)) {
     // what comes next of ya is rope_attention(): it may begin when ya is stored
     ready_ = {};
+    ready_of_ = nullptr;
     if (s_.dependent && ready_calls_ < config_.layers && own_sequences_ && rows_ == decode_rows_ &&
         rope_attention_fits(act_, shape(config_, config_.heads, config_.kv_heads))) {
       ready_ = {ready_counters_ + ready_calls_++ * kReadyStride, ready_count(int(wa.weight.rows))};

@@ -68,7 +68,8 @@ void CudaOps::plan(const ModelConfig& c, const Limits& limits, bool replay) {
   angles_ = alloc_array<float2>(angles.size());
   upload(angles_, angles.data(), angles.size() * sizeof(float2));
 
-  if (s_.dependent && rope_attention_fits(act_, shape(c, c.heads, c.kv_heads))) s_.beside = 1024 + rope_attention_shared(shape(c, c.heads, c.kv_heads));
+  if (const AttentionShape a = shape(c, c.heads, c.kv_heads); s_.dependent && rope_attention_fits(act_, a))
+    s_.beside = rope_attention_shared(a, false), s_.beside_one = rope_attention_shared(a, true);
   if (act_ != DType::f32) {
     const size_t parts = 2 * size_t(s_.sms) * kDecodeRows * kGroupRows;
     split_.partial = alloc_array<float>(parts);

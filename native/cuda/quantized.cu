@@ -42,10 +42,9 @@ __global__ void pack8(const uint8_t* __restrict__ codes, const float* __restrict
     }
 }
 
-// times16: zeros of rows g + 8 times 16 (weights.cuh)
 template <int GROUP>
 __global__ void pack4(const uint8_t* __restrict__ codes, const __half* __restrict__ scale, const uint8_t* __restrict__ zero, int rows, int K, uint8_t* __restrict__ dst,
-                      int first_group, bool times16, int32_t* overflow) {
+                      int first_group, bool limited, int32_t* overflow) {
   constexpr int kGroups = groups4(GROUP), kScales = scales4(GROUP);
   uint8_t* const chunk = dst + (size_t(first_group + blockIdx.y) * gridDim.x + blockIdx.x) * bytes4(GROUP);
   for (int i = threadIdx.x; i < kCodes4 / 16; i += blockDim.x) {
@@ -68,9 +67,10 @@ __global__ void pack4(const uint8_t* __restrict__ codes, const __half* __restric
     const int row = blockIdx.y * kGroupRows + i / (16 * kGroups) * 16 + i / (2 * kGroups) % 8 + i % 2 * 8, group = blockIdx.x * kGroups + i / 2 % kGroups;
     const bool inside = row < rows && group < groups;
     const __half s = inside ? scale[int64_t(row) * groups + group] : __float2half(0.f);
-    if (times16 && __half2float(s) * 15 > 65504.f) *overflow = 1;
+    if (limited && __half2float(s) * 15 > 65504.f) *overflow = 1;
     reinterpret_cast<__half*>(chunk + kCodes4)[i] = s;
-    chunk[kCodes4 + kScales + i] = inside ? uint8_t(zero[int64_t(row) * groups + group] << (times16 && i % 2 ? 4 : 0)) : uint8_t(0);
+    const uint32_t mine = inside ? uint32_t(zero[int64_t(row) * groups + group]) << i % 2 * 4 : 0u, other = __shfl_xor_sync(~0u, mine, 1);
+    if (i % 2 == 0) chunk[kCodes4 + kScales + i / 2] = uint8_t(mine | other);
   }
 }
 

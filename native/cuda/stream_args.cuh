@@ -10,7 +10,13 @@ namespace codefuse::cuda::stream {
 // each other's latencies.
 template <int NG> constexpr int kTiles = NG == 1 ? 2 : 1;
 template <int NG> constexpr int kWarps = 16 / kTiles<NG>;
-constexpr int kStages = 6;        // of the ring at most
+template <bool ONE> constexpr int kStages = ONE ? 8 : 6;  // of the ring at most
+// How a kernel is compiled: with bulk copies the ring is filled by a warp of its own, else by cp.async.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+constexpr bool kBulkCopies = true;
+#else
+constexpr bool kBulkCopies = false;
+#endif
 // Three warps of 128 registers on a quarter of a multiprocessor, as many as so many threads would have, leave room for one of attention.
 constexpr int kFewRegisters = 512;
 constexpr int kXTile = 8 * 128;   // bytes of 8 rows x 64 columns of x
@@ -57,7 +63,7 @@ struct Args {
   float* partial;       // [2, blocks, kPart], by output
   int32_t* ready;       // nullptr, or where a warp adds 1 for the rows of output 0 it has stored
   Output output[2];
-  CUtensorMap map[2];   // of x, boxes of 8 NG rows
+  CUtensorMap map[2];   // of x, boxes of 64 columns and 8 NG rows; of one row, of a chunk's columns
 };
 
 // The first chunk of a block's share of an output; the shares of both together are equal to one chunk.

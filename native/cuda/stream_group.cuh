@@ -7,15 +7,11 @@ namespace codefuse::cuda::stream {
 
 // What the end of a group needs is read at its beginning (bias and, of up to kStashRows rows, what is added to), so that no block's end
 // waits for memory behind the weights that the next launch asks for.
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-constexpr bool kStash = true;
-#else
-constexpr bool kStash = false;  // cp.async is the ring's
-#endif
+constexpr bool kStash = kBulkCopies;  // else cp.async is the ring's
 constexpr int kStashRows = 8;
-template <int NG> constexpr int kStashFloats = (2 + (NG == 1 ? kStashRows : 0)) * kGroupRows;
+template <int NG, bool ONE> constexpr int kStashFloats = (ONE ? 6 : 2 + (NG == 1 ? kStashRows : 0)) * kGroupRows;
 // One token needs three rows of it: output 1 has some of its own, so that a group of output 0 can be held.
-constexpr int kSecondStash = 5 * kGroupRows;
+constexpr int kSecondStash = 3 * kGroupRows;
 constexpr uint32_t kAbsent = 0xffffffffu;  // in place of a part that has not come yet; SplitScratch is full of it between launches
 
 __device__ __forceinline__ float load_part(const float* p) {
@@ -128,7 +124,7 @@ __device__ __forceinline__ void tell(const Args& a, int output) {
 struct Held {
   float z;
   int group, parts, chunks = 0;  // chunks: until then; 0: nothing is held
-  static constexpr int kChunks = 6;
+  static constexpr int kChunks = 3;
 };
 template <class T, int NG>
 __device__ __forceinline__ void end_held(const Args& a, Held& held, const float* stash) {

@@ -18,20 +18,18 @@ namespace codefuse::cuda::stream {
 
 // Bytes of the ring's chunks; x after them begins at a multiple of 1024, as its swizzle needs.
 template <class W>
-CODEFUSE_HD int ring_bytes(int stages) { return (stages * W::kBytes + 1023) / 1024 * 1024; }
+CODEFUSE_HD constexpr int ring_bytes(int stages) { return (stages * W::kBytes + 1023) / 1024 * 1024; }
 
-// Whether a warp turns x to integers (with bulk copies); else prepare_rows() has done so.
-template <class W, bool ONE> constexpr bool kTurnsX = kCodes<W> && ONE;
 // Threads of a block: the consumers; with bulk copies a warp that asks for them, and that warp
-template <class W, int NG, bool ONE> CODEFUSE_HD constexpr int threads(bool bulk_copy) { return 32 * (kWarps<NG> + (bulk_copy ? 1 + kTurnsX<W, ONE> : 0)); }
+template <class W, int NG, bool ONE> CODEFUSE_HD constexpr int threads(bool bulk_copy) { return 32 * (kWarps<NG> + (bulk_copy ? 1 + (kCodes<W> && ONE) : 0)); }
 
 // ONE: T is 1
 template <class W, int NG, bool ONE>
 __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : threads<W, NG, ONE>(true), 1) stream_matrix(const __grid_constant__ Args a) {
   using T = typename W::Type;
-  constexpr int kXBytes = W::kCols / 64 * NG * kXTile, kTermsBytes = NG * terms_bytes<W>();
+  constexpr int kXBytes = x_bytes<W, NG, ONE>(kBulkCopies), kTermsBytes = NG * terms_bytes<W>();
   extern __shared__ __align__(16) uint8_t shared[];
-  __shared__ float stash[kStash ? kStashFloats<NG> : 1];
+  __shared__ float stash[kStash ? kStashFloats<NG, ONE> : 1];
   uint8_t* const ring = shared + (1024 - shared_address(shared) % 1024) % 1024;  // [stages] chunks, then [stages] x
   uint8_t* const xs = ring + ring_bytes<W>(a.stages);
   launch_dependents();
@@ -43,7 +41,7 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : threads<W, NG, ONE>(
 
   // Consumers: chunks of one group and one source at a time; take() waits for one and says where, give_back() has asked for all of it.
   const auto consume = [&](const auto& take, const auto& give_back) {
-    const Lane lane = lane_of<W, NG>({shared_address(ring)}, xs_at, terms_at);
+    const Lane lane = lane_of<W, NG, ONE>({shared_address(ring)}, xs_at, terms_at);
     const int after[2] = {blocks_after(a, 0), a.chunks[1] ? blocks_after(a, 1) : 0};
     int left = count, first_step = at.step;
     constexpr bool kHolds = kStash && ONE;
@@ -73,7 +71,7 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : threads<W, NG, ONE>(
         if constexpr (kCodes<W>)
           multiply_codes<W, NG, ONE>(acc, lane, now, row_scale);
         else
-          multiply_values<W, NG>(acc, lane, now);
+          multiply_values<W, NG, ONE>(acc, lane, now);
         give_back(now);
       }
       left -= run;
@@ -90,8 +88,8 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : threads<W, NG, ONE>(
   };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  __shared__ __align__(8) uint64_t full[3 * kStages];  // [stages] each: copies have come, x is integers, all has been read
-  uint64_t *const ready = full + kStages, *const empty = ready + kStages;
+  __shared__ __align__(8) uint64_t full[3 * kStages<ONE>];  // [stages] each: copies have come, x is integers, all has been read
+  uint64_t *const ready = full + kStages<ONE>, *const empty = ready + kStages<ONE>;
   constexpr bool kPrepared = kCodes<W> && !ONE;  // x comes as integers
   const auto fetch_weights = [&](const Cursor& c, int s) {
     const Source& from = a.source[c.source(a)];
@@ -129,8 +127,9 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : threads<W, NG, ONE>(
         bulk_copy(xs + a.stages * kXBytes + s * kTermsBytes, chunk + kXBytes, kTermsBytes, &full[s]);
       } else {
         const CUtensorMap* map = &a.map[c.source(a)];
+        constexpr int kBoxes = ONE ? 1 : W::kCols / 64;
 #pragma unroll
-        for (int b = 0; b < W::kCols / 64; ++b) tensor_copy(xs + s * kXBytes + b * NG * kXTile, map, c.column(a) * W::kCols + b * 64, 0, &full[s]);
+        for (int b = 0; b < kBoxes; ++b) tensor_copy(xs + s * kXBytes + b * NG * kXTile, map, c.column(a) * W::kCols + b * 64, 0, &full[s]);
       }
     };
     if constexpr (!kPrepared) prefetch_map(&a.map[at.source(a)]);
@@ -145,7 +144,7 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : threads<W, NG, ONE>(
     }
     return;
   }
-  const uint32_t full_at = kept({shared_address(full)}, 0).at, come_at = full_at + (kTurnsX<W, ONE> ? kStages * 8 : 0);
+  const uint32_t full_at = kept({shared_address(full)}, 0).at, come_at = full_at + (kTurnsX<W, ONE> ? kStages<ONE> * 8 : 0);
   const int stages = a.stages;
   uint32_t parity = 0;
   uint32_t read = 0;  // where the stage before this one is given back
@@ -169,7 +168,7 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : threads<W, NG, ONE>(
       return now;
     }
   } take{come_at, read, parity, stage, stages, come};
-  consume(take, [&](int now) { read = full_at + (2 * kStages + now) * 8; });
+  consume(take, [&](int now) { read = full_at + (2 * kStages<ONE> + now) * 8; });
 #else
   Cursor ahead = at;
   int fetched = 0;
@@ -224,14 +223,26 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : threads<W, NG, ONE>(
 }
 
 constexpr int kLeastShared = 101376;  // bytes a block may have on the GPUs that have the least, 8.6 and 8.9
-template <class W, int NG> constexpr int kStageBytes = W::kBytes + W::kCols / 64 * NG * kXTile + NG * terms_bytes<W>();  // of a chunk and its x
+// Of a ring of chunks and their x, wherever it begins.
+template <class W, int NG, bool ONE>
+constexpr int shared_bytes(int stages, bool bulk_copy) {
+  return ring_bytes<W>(stages) + stages * (x_bytes<W, NG, ONE>(bulk_copy) + NG * terms_bytes<W>()) + 1024;
+}
 
+// Bytes of shared memory left of a multiprocessor.
 template <class W, int NG, bool ONE = false>
-void launch_stream(const Stream& s, DType act, Args& a, const SplitScratch& scratch) {
-  constexpr int kReserve = 2048;  // alignment, and barriers
-  static_assert(2 * kStageBytes<W, NG> + kReserve <= kLeastShared, "a ring has two stages at least");
-  const int room = s.shared_max - kReserve - (s.bulk_copy ? kStashFloats<NG> * 4 : 0), beside = (room - s.beside) / kStageBytes<W, NG>;
-  a.stages = std::min(beside >= 2 ? beside : room / kStageBytes<W, NG>, s.bulk_copy ? kStages : 4);  // attention has room beside two
+int launch_stream(const Stream& s, DType act, Args& a, const SplitScratch& scratch) {
+  constexpr int kSystem = 1024;  // what the system takes of a block's multiprocessor
+  static_assert(shared_bytes<W, NG, ONE>(2, false) <= kLeastShared, "a ring has two stages at least");
+  const int fixed = s.bulk_copy ? kStashFloats<NG, ONE> * 4 + 256 : 0;  // static: the stash, barriers
+  const auto shared_with = [&](int stages) { return shared_bytes<W, NG, ONE>(stages, s.bulk_copy); };
+  const auto most = [&](int bytes) {
+    int stages = s.bulk_copy ? kStages<ONE> : 4;
+    while (stages >= 2 && shared_with(stages) + fixed > bytes) --stages;
+    return stages;
+  };
+  const int beside = most(s.shared_max - (ONE ? s.beside_one : s.beside));
+  a.stages = beside >= 2 ? beside : most(s.shared_max);  // attention has room beside two
   if (a.stages < 2) throw DeviceError(cat("CUDA: this device's ", s.shared_max, " bytes of shared memory per block are too few"));
   if constexpr (kCodes<W>)
     if (!ONE || !s.bulk_copy) {
@@ -244,14 +255,18 @@ void launch_stream(const Stream& s, DType act, Args& a, const SplitScratch& scra
     }
   if (s.bulk_copy && !a.integers)
     for (int i = 0; i < 2; ++i)
-      if (a.source[i].x) a.map[i] = rows_map(act, a.source[i].x, a.T, a.source[i].K, NG * 8);
-  launch(s, stream_matrix<W, NG, ONE>, int(std::min(uint32_t(s.sms), a.chunks[0] + a.chunks[1])), threads<W, NG, ONE>(s.bulk_copy),
-         size_t(ring_bytes<W>(a.stages)) + size_t(a.stages) * (kStageBytes<W, NG> - W::kBytes) + 1024, a);
+      if (a.source[i].x)
+        a.map[i] = ONE ? row_map(act, a.source[i].x, a.source[i].K, W::kCols) : rows_map(act, a.source[i].x, a.T, a.source[i].K, NG * 8);
+  // Two never fit a multiprocessor: a block that waited for room would come to lie beside another of its launch, which then has half the
+  // bandwidth while a multiprocessor is idle.
+  const int shared = std::max(shared_with(a.stages), s.shared_sm / 2 - fixed);
+  launch(s, stream_matrix<W, NG, ONE>, int(std::min(uint32_t(s.sms), a.chunks[0] + a.chunks[1])), threads<W, NG, ONE>(s.bulk_copy), size_t(shared), a);
+  return s.shared_sm - shared - fixed - kSystem;
 }
 
 // rows [T, K] x matrix of chunks of W; x of kDecodeRows rows at most
 template <class W>
-void stream_rows(const Stream& s, DType act, Args& a, const SplitScratch& scratch) {
+int stream_rows(const Stream& s, DType act, Args& a, const SplitScratch& scratch) {
   if (a.T < 1 || a.T > kDecodeRows) throw DeviceError(cat("CUDA: a decode product of ", a.T, " rows; at most ", kDecodeRows));
   if (a.T == 1) return launch_stream<W, 1, true>(s, act, a, scratch);
   if (a.T <= 8) return launch_stream<W, 1>(s, act, a, scratch);
@@ -271,10 +286,10 @@ Source source(const DecodeInput& in, int N) {
   return s;
 }
 
-// b: nullptr, or a second product (out_b given) or a second part of K
+// b: nullptr, or a second product (out_b given) or a second part of K. Returns the bytes of shared memory left of a multiprocessor.
 template <class W>
-void product(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const DecodeInput* in_b, const DecodeOutput* out_b,
-             const SplitScratch& scratch, int32_t* ready = nullptr) {
+int product(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const DecodeInput* in_b, const DecodeOutput* out_b,
+            const SplitScratch& scratch, int32_t* ready = nullptr) {
   Args a{};
   a.T = T;
   a.partial = scratch.partial;
@@ -292,11 +307,11 @@ void product(const Stream& s, DType act, int T, const DecodeInput& in, const Dec
   a.by_blocks = Divider(uint32_t(blocks));
   for (int o = 0; o < 2; ++o) a.by_steps[o] = Divider(uint32_t(std::max(1, a.steps[o])));
   a.ready = ready;
-  stream_rows<W>(s, act, a, scratch);
+  return stream_rows<W>(s, act, a, scratch);
 }
 
 // The formats of linear_decode_quantized.cu; both inputs have the same.
-void product_quantized(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const DecodeInput* in_b,
-                       const DecodeOutput* out_b, const SplitScratch& scratch, int32_t* ready);
+int product_quantized(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const DecodeInput* in_b,
+                      const DecodeOutput* out_b, const SplitScratch& scratch, int32_t* ready);
 
 }  // namespace codefuse::cuda::stream

@@ -6,6 +6,11 @@
 
 namespace codefuse::cuda::stream {
 
+// Whether a warp turns x to integers; else prepare_rows() has done so.
+template <class W, bool ONE> constexpr bool kTurnsX = kCodes<W> && ONE && kBulkCopies;
+// Of a chunk in the ring; with bulk copies a single row is no more than that, and is every row of the operand.
+template <class W, int NG, bool ONE>
+CODEFUSE_HD constexpr int x_bytes(bool bulk_copy) { return W::kCols * 2 * (ONE && bulk_copy ? 1 : NG * 8); }
 
 // Where a lane reads in the ring's first stage.
 struct Lane {
@@ -17,27 +22,28 @@ struct Lane {
 };
 // A value that has come through a shuffle; else ptxas computes it anew for every chunk.
 __device__ __forceinline__ Shared kept(Shared p, int offset) { return {__shfl_sync(~0u, p.at + uint32_t(offset), int(threadIdx.x % 32))}; }
-template <class W, int NG>
+template <class W, int NG, bool ONE>
 __device__ __forceinline__ Lane lane_of(Shared ring, Shared xs, Shared terms) {
   const int tile = threadIdx.x / 32 * kTiles<NG>, lane = threadIdx.x % 32, r = lane % 8;
   Lane at{};
   at.weights = kept(ring, tile * W::kTile + lane * 16);
   if constexpr (kCodes<W>) {
-    at.x = kept(xs, lane * 16);
+    at.x = kept(xs, (kTurnsX<W, ONE> ? lane % 8 : lane) * 16);  // of one row, whose columns 2 to 7 of B nobody asks for
     at.terms = kept(terms, lane % 4 * kRowTerms<W::kGroupCols>);
   } else {
-    at.x = kept(xs, r * 128 + ((lane / 8) ^ r) * 16);
-    at.x_high = kept(xs, r * 128 + ((lane / 8 + 4) ^ r) * 16);
+    constexpr bool kAlone = ONE && kBulkCopies;
+    at.x = kept(xs, (kAlone ? 0 : r * 128) + ((lane / 8) ^ (kAlone ? 0 : r)) * 16);
+    at.x_high = kept(xs, (kAlone ? 0 : r * 128) + ((lane / 8 + 4) ^ (kAlone ? 0 : r)) * 16);
   }
   if constexpr (W::kScale == Scale::block) {
     at.scales = kept(ring, (tile * 8 + lane / 4) * (4 * W::kGroups));
-    at.zeros = kept(ring, (tile * 8 + lane / 4) * (2 * W::kGroups));
+    at.zeros = kept(ring, (tile * 8 + lane / 4) * W::kGroups);
   }
   return at;
 }
 
 // One chunk of 16-bit weights: a warp's row tiles x NG groups of 8 rows of x.
-template <class W, int NG>
+template <class W, int NG, bool ONE>
 __device__ __forceinline__ void multiply_values(float (&acc)[kTiles<NG>][NG][4], const Lane& at, int stage) {
   using T = typename W::Type;
   static_assert(W::kCols == 64, "one block of columns");
@@ -50,8 +56,9 @@ __device__ __forceinline__ void multiply_values(float (&acc)[kTiles<NG>][NG][4],
     uint32_t x[kBeside][8];  // of 16 columns two
 #pragma unroll
     for (int k = 0; k < kBeside; ++k) {
-      ldmatrix4(reinterpret_cast<uint32_t(&)[4]>(x[k][0]), at.x.at + (stage * NG + j + k) * kXTile);
-      ldmatrix4(reinterpret_cast<uint32_t(&)[4]>(x[k][4]), at.x_high.at + (stage * NG + j + k) * kXTile);
+      const int of = stage * x_bytes<W, NG, ONE>(kBulkCopies) + (j + k) * kXTile;
+      ldmatrix4(reinterpret_cast<uint32_t(&)[4]>(x[k][0]), at.x.at + of);
+      ldmatrix4(reinterpret_cast<uint32_t(&)[4]>(x[k][4]), at.x_high.at + of);
     }
 #pragma unroll
     for (int s = 0; s < 4; ++s)
@@ -67,7 +74,7 @@ template <class W, int NG, bool ONE>
 __device__ __forceinline__ void multiply_codes(float (&acc)[kTiles<NG>][NG][4], const Lane& at, int stage, const float (&row_scale)[kTiles<NG>][2]) {
   static_assert(W::kCols == 128, "two blocks of columns");
   constexpr int kBlocks = W::kGroupCols / 64, kChunkTerms = kTerms<W::kGroupCols>;
-  const Shared weights = at.weights + stage * W::kBytes, x = at.x + stage * (2 * NG * kXTile), terms = at.terms + stage * (NG * kChunkTerms);
+  const Shared weights = at.weights + stage * W::kBytes, x = at.x + stage * x_bytes<W, NG, ONE>(kBulkCopies), terms = at.terms + stage * (NG * kChunkTerms);
 #pragma unroll
   for (int group = 0; group < W::kCols / W::kGroupCols; ++group) {
     float scale[kTiles<NG>][2];
@@ -97,7 +104,7 @@ __device__ __forceinline__ void multiply_codes(float (&acc)[kTiles<NG>][NG][4], 
       for (int b = 0; b < kBlocks; ++b) {
         uint4 v[kBeside];
 #pragma unroll
-        for (int k = 0; k < kBeside; ++k) v[k] = load16(x + (((first + k) * NG + j) * kXTile + (group * kBlocks + b) * 512));
+        for (int k = 0; k < kBeside; ++k) v[k] = load16(x + (((first + k) * NG + j) * kXTile + (group * kBlocks + b) * (kTurnsX<W, ONE> ? 128 : 512)));
 #pragma unroll
         for (int p = 0; p < 2; ++p)
 #pragma unroll

@@ -4,10 +4,10 @@
 // the loss is below that of rounding the row to float16 in the first place.) Sums of products by codes are exact, so they are the same
 // for any number of rows.
 //
-// The integers take the place of the chunk's x in shared memory. Of 8 rows there are two boxes of kXTile bytes, 64 columns each (tensor_map.h);
-// the first becomes rows 0, 2, 4, 6 of all 128 columns, the second rows 1, 3, 5, 7, as B operands of mma16832: column 2 i has the high bytes
-// of the i-th of these rows, column 2 i + 1 its low bytes; [64 columns][lane][32 columns][b0, b1], so 16 bytes are what a lane needs of 64
-// columns. Byte i of a word of lane 4 g + t is column 2t + (0, 8, 1, 9)[i] of 16 (weights.cuh, bytes()).
+// Of 8 rows they are two parts of kXTile bytes, rows 0, 2, 4, 6 of all 128 columns and rows 1, 3, 5, 7, as B operands of mma16832: column 2 i has
+// the high bytes of the i-th of these rows, column 2 i + 1 its low bytes; [64 columns][lane][32 columns][b0, b1], so 16 bytes are what a
+// lane needs of 64 columns. Byte i of a word of lane 4 g + t is column 2t + (0, 8, 1, 9)[i] of 16 (weights.cuh, bytes()). A single row takes
+// the place of its x in shared memory, as columns 0 and 1 of the first part.
 #pragma once
 #include "cuda/stream_args.cuh"
 
@@ -68,14 +68,14 @@ __device__ __forceinline__ int word_of(int row) {
 }
 constexpr int kLowBytes = 64;
 
-// In place, the only row of a chunk; x: two boxes.
+// A chunk's only row, in place: 128 columns become what the first two columns of B have of each 64, 128 bytes each.
 template <class T, int GROUP_COLS>
 __device__ __forceinline__ void row_to_integers(Shared x, Shared terms) {
   const int lane = threadIdx.x % 32, s = lane / 4, t = lane % 4;
-  const Shared from = x + (s / 4 * kXTile + s % 4 * 32 + t * 4);
+  const Shared from = x + (s * 32 + t * 4);
   const uint32_t a = load4(from), b = load4(from + 16);
   const Integers v = to_integers<T, GROUP_COLS>(a, b);  // synchronizes the warp
-  const Shared to = x + word_of(0);
+  const Shared to = x + (s / 4 * 128 + s % 4 * 4 + t * 16);
   store4(to, v.high), store4(to + kLowBytes, v.low);
   if (lane == 0) store8(terms, __float_as_uint(v.scale), uint32_t(v.sums[0]));
   if (GROUP_COLS == 64 && lane == 0) store4(terms + 8, uint32_t(v.sums[1]));

@@ -8,8 +8,8 @@
 //             code + 128. After the chunks a float32 scale per row.
 //   q4_g128,  128 columns a chunk, by 64 columns and then by row tile; 16 bytes are four fragments, a word each; digits 0, 4 of a word are
 //   q4_g64    columns 2t, 2t + 1 of row g, digits 1, 5 of row g + 8, digits 2, 6 columns 2t + 8, 2t + 9 of row g, digits 3, 7 of row
-//             g + 8. A chunk ends with its float16 scales and then its zeros, [row tile][g][group of 128 or 64 columns][row g, row g + 8];
-//             for float16, row g + 8's zero is times 16.
+//             g + 8. A chunk ends with its float16 scales, [row tile][g][group of 128 or 64 columns][row g, row g + 8], and its zeros, a
+//             byte for both rows, row g's the low digit.
 //
 // Codes are the fragments; sums over them are scaled in float32.
 // 4 and 8 bits become 16 by putting the code into the low bits of a power of two (float16 1024 + c, bfloat16 128 + c): subtracting what
@@ -27,7 +27,7 @@ constexpr int kCols4 = 128, kCodes4 = kGroupRows * kCols4 / 2;
 // of a chunk of 4-bit codes in groups of so many columns
 constexpr int groups4(int group_cols) { return kCols4 / group_cols; }
 constexpr int scales4(int group_cols) { return kGroupRows * groups4(group_cols) * 2; }  // bytes
-constexpr int zeros4(int group_cols) { return kGroupRows * groups4(group_cols); }       // bytes
+constexpr int zeros4(int group_cols) { return kGroupRows * groups4(group_cols) / 2; }   // bytes
 constexpr int bytes4(int group_cols) { return kCodes4 + scales4(group_cols) + zeros4(group_cols); }
 
 // of any format but float32 rows
@@ -69,9 +69,9 @@ __device__ __forceinline__ uint32_t load4(Shared p) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(p.at));
   return v;
 }
-__device__ __forceinline__ uint32_t load2(Shared p) {
-  uint16_t v;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(p.at));
+__device__ __forceinline__ uint32_t load1(Shared p) {
+  uint32_t v;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(p.at));
   return v;
 }
 __device__ __forceinline__ uint2 load8(Shared p) {
@@ -85,7 +85,7 @@ __device__ __forceinline__ void store8(Shared p, uint32_t x, uint32_t y) {
 }
 __device__ __forceinline__ uint4 load16(const uint8_t* p) { return *reinterpret_cast<const uint4*>(p); }
 __device__ __forceinline__ uint32_t load4(const uint8_t* p) { return *reinterpret_cast<const uint32_t*>(p); }
-__device__ __forceinline__ uint32_t load2(const uint8_t* p) { return *reinterpret_cast<const uint16_t*>(p); }
+__device__ __forceinline__ uint32_t load1(const uint8_t* p) { return *p; }
 
 // (w & mask) | bits in one instruction
 template <uint32_t mask, uint32_t bits>
@@ -194,13 +194,13 @@ struct Weights4 {
   static constexpr int kGroups = groups4(GROUP), kScales = scales4(GROUP), kZeros = zeros4(GROUP);  // of a chunk; the last two in bytes
   static constexpr Scale kScale = Scale::block;
 
-  // zero: of row g, and of row g + 8 in the next byte
+  // zero: of row g, and of row g + 8 in the next digit
   static __device__ __forceinline__ Group excess(uint32_t zero) {
     Group g;
     if constexpr (std::is_same<T, __half>::value)  // -(1024 + zero); -(64 + zero)
-      g.low = __byte_perm(zero, 0xe4e4e4e4u, 0x4040), g.high = __byte_perm(zero, 0xd4d4d4d4u, 0x4141);
+      g.low = __byte_perm(zero & 15, 0xe4e4e4e4u, 0x4040), g.high = __byte_perm(zero & 0xf0, 0xd4d4d4d4u, 0x4040);
     else  // -(128 + zero)
-      g.low = __byte_perm(zero, 0xc3c3c3c3u, 0x4040), g.high = __byte_perm(zero, 0xc3c3c3c3u, 0x4141);
+      g.low = __byte_perm(zero & 15, 0xc3c3c3c3u, 0x4040), g.high = __byte_perm(zero >> 4, 0xc3c3c3c3u, 0x4040);
     return g;
   }
   using Codes = Words<1>;
@@ -230,7 +230,7 @@ struct Weights4 {
   }
   // Of a group of columns, as the chunk has them, two rows each: at is 8 tile + g.
   template <class P> static __device__ __forceinline__ uint32_t stored_zeros(P chunk, int at, int group) {
-    return load2(chunk + (kCodes4 + kScales + at * (2 * kGroups) + group * 2));
+    return load1(chunk + (kCodes4 + kScales + at * kGroups + group));
   }
   template <class P> static __device__ __forceinline__ uint32_t stored_scales(P chunk, int at, int group) {
     return load4(chunk + (kCodes4 + at * (4 * kGroups) + group * 4));
@@ -250,7 +250,7 @@ struct Weights4 {
   }
   static __device__ __forceinline__ int2 zeros(Shared chunk, int tile, int group, int lane) {
     const uint32_t zero = stored_zeros(chunk, tile * 8 + lane / 4, group);
-    return make_int2(zero & 0xff, std::is_same<T, __half>::value ? zero >> 8 : (zero >> 8) * kHigh);
+    return make_int2(zero & 15, zero & 0xf0);  // the latter kHigh times
   }
   static __device__ __forceinline__ float2 scales(Shared chunk, int tile, int group, int lane) {
     return __half22float2(as_half2(stored_scales(chunk, tile * 8 + lane / 4, group)));
@@ -259,7 +259,7 @@ struct Weights4 {
 
 // fn(W()) with the W of a quantized format
 template <class T, class Fn>
-void with_quantized(Format f, const Fn& fn) {
+auto with_quantized(Format f, const Fn& fn) {
   switch (f) {
     case Format::q8_row: return fn(Weights8<T>());
     case Format::q4_g128: return fn(Weights4<T, 128>());
