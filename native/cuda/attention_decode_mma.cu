@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kWarps * 32, 4) attend(T* __restrict__ out, co
         if constexpr (SLOTS > kSlots)  // one row: no other reads these pages
           copy16_once(at, base + i * 256, bytes, policy);
         else
-          asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(base + i * 256), "r"(bytes) : "memory");
+          copy16(at, base + i * 256, bytes);
       };
       constexpr int kCopies = kTokens * kUnits / 32;
       if (from >= first && from + kTokens <= stored) {

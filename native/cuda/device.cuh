@@ -99,17 +99,17 @@ __device__ __forceinline__ T load_fresh(const T* p) { return __ldcg(p); }
 // ---- copies into shared memory ----------------------------------------------------------------------------------------
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// 16 bytes; `bytes` of them from src (0 or 16), the rest zero
-__device__ __forceinline__ void copy16(void* dst, const void* src, int bytes = 16) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(dst)), "l"(src), "r"(bytes) : "memory");
+// 16 bytes; `bytes` of them from src (0 or 16), the rest zero; dst also by its shared address
+__device__ __forceinline__ void copy16(uint32_t dst, const void* src, int bytes = 16) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
 }
+__device__ __forceinline__ void copy16(void* dst, const void* src, int bytes = 16) { copy16(shared_address(dst), src, bytes); }
 // what is read once gives way in L2 to everything else
 __device__ __forceinline__ uint64_t once_policy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-// copy16() to a shared address
 __device__ __forceinline__ void copy16_once(uint32_t dst, const void* src, int bytes, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(dst), "l"(src), "r"(bytes), "l"(policy) : "memory");
 }

@@ -21,7 +21,7 @@ template <class W>
 CODEFUSE_HD constexpr int ring_bytes(int stages) { return (stages * W::kBytes + 1023) / 1024 * 1024; }
 
 // Threads of a block: the consumers; with bulk copies a warp that asks for them, and that warp
-template <class W, int NG, bool ONE> CODEFUSE_HD constexpr int threads(bool bulk_copy) { return 32 * (kWarps<NG> + (bulk_copy ? 1 + (kCodes<W> && ONE) : 0)); }
+template <class W, int NG, bool ONE> CODEFUSE_HD constexpr int threads(bool bulk_copy) { return 32 * (kWarps<NG> + (bulk_copy ? 1 + kTurnsX<W, ONE> : 0)); }
 
 // ONE: T is 1
 template <class W, int NG, bool ONE>

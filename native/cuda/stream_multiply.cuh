@@ -104,7 +104,7 @@ __device__ __forceinline__ void multiply_codes(float (&acc)[kTiles<NG>][NG][4], 
       for (int b = 0; b < kBlocks; ++b) {
         uint4 v[kBeside];
 #pragma unroll
-        for (int k = 0; k < kBeside; ++k) v[k] = load16(x + (((first + k) * NG + j) * kXTile + (group * kBlocks + b) * (kTurnsX<W, ONE> ? 128 : 512)));
+        for (int k = 0; k < kBeside; ++k) v[k] = load16(x + (((first + k) * NG + j) * kXTile + (group * kBlocks + b) * (kTurnsX<W, ONE> ? kSingleRow : kFourRows)));
 #pragma unroll
         for (int p = 0; p < 2; ++p)
 #pragma unroll

@@ -61,21 +61,23 @@ __device__ __forceinline__ Integers to_integers(uint32_t a, uint32_t b) {
   out.sums[1] = GROUP_COLS == 128 ? 0 : __reduce_add_sync(~0u, first ? 0 : sum);
   return out;
 }
+// Bytes of 64 columns of the operand of four rows, and of what a single row has of it.
+constexpr int kFourRows = 512, kSingleRow = kFourRows / 4;
 // Where a lane's word of high bytes lies in its 8 rows' share of their half of a chunk (rows of the same parity), its low bytes kLowBytes on.
 __device__ __forceinline__ int word_of(int row) {
   const int lane = threadIdx.x % 32, s = lane / 4, t = lane % 4;
-  return s / 4 * 512 + s % 4 * 4 + (row % 8 / 2 * 8 + t) * 16;
+  return s / 4 * kFourRows + s % 4 * 4 + (row % 8 / 2 * 8 + t) * 16;
 }
 constexpr int kLowBytes = 64;
 
-// A chunk's only row, in place: 128 columns become what the first two columns of B have of each 64, 128 bytes each.
+// A chunk's only row, in place.
 template <class T, int GROUP_COLS>
 __device__ __forceinline__ void row_to_integers(Shared x, Shared terms) {
   const int lane = threadIdx.x % 32, s = lane / 4, t = lane % 4;
   const Shared from = x + (s * 32 + t * 4);
   const uint32_t a = load4(from), b = load4(from + 16);
   const Integers v = to_integers<T, GROUP_COLS>(a, b);  // synchronizes the warp
-  const Shared to = x + (s / 4 * 128 + s % 4 * 4 + t * 16);
+  const Shared to = x + (s / 4 * kSingleRow + s % 4 * 4 + t * 16);
   store4(to, v.high), store4(to + kLowBytes, v.low);
   if (lane == 0) store8(terms, __float_as_uint(v.scale), uint32_t(v.sums[0]));
   if (GROUP_COLS == 64 && lane == 0) store4(terms + 8, uint32_t(v.sums[1]));
