@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const uint8_t* __restrict__ 
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&barriers.full[i], 1);
-      barrier_init(&barriers.empty[i], 16);  // the consumer warps of both blocks
+      barrier_init(&barriers.empty[i], 8 * 32 + 8);  // the lanes that read weights here; the warps that read x in the peer
     }
     barrier_init_fence();
   }
@@ -177,7 +177,8 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const uint8_t* __restrict__ 
         load_fragments<W>(to, smem + stage * kStageBytes + kXBytes, warp, (item.begin + c) % (W::kCols / 64), lane);
       };
       const auto release = [&](int used) {
-        if (lane < 2) arrive_at(&barriers.empty[used], lane);
+        barrier_arrive(&barriers.empty[used]);
+        if (lane == 0) arrive_at(&barriers.empty[used], rank ^ 1);
       };
       // multiplies a chunk, and makes the next when the one before, which had its registers, is done; false: it was the last
       const auto multiply = [&](const uint4(&now)[4], uint4(&next)[4]) {

@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : threads<W, NG, ONE>(
   };
   const int filled = min(a.stages, count);
   if (threadIdx.x == kWarps<NG> * 32) {
-    for (int s = 0; s < a.stages; ++s) barrier_init(&full[s], 1), barrier_init(&ready[s], 1), barrier_init(&empty[s], kWarps<NG>);
+    for (int s = 0; s < a.stages; ++s) barrier_init(&full[s], 1), barrier_init(&ready[s], 32), barrier_init(&empty[s], 32 * kWarps<NG>);
     barrier_init_fence();
     Cursor ahead = at;
     for (int s = 0; s < filled; ++s, ahead.skip(a, 1)) fetch_weights(ahead, s);
@@ -112,8 +112,7 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : threads<W, NG, ONE>(
       barrier_wait(&full[stage], parity);
       if constexpr (kTurnsX<W, ONE>) row_to_integers<T, W::kGroupCols>(xs_at + stage * kXBytes, terms_at + stage * kTermsBytes);
       proxy_fence();  // the next copy into the stage comes after these stores
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) barrier_arrive(&ready[stage]);
+      barrier_arrive(&ready[stage]);
       if (++stage == a.stages) stage = 0, parity ^= 1;
     }
     return;
@@ -149,9 +148,9 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : threads<W, NG, ONE>(
   uint32_t parity = 0;
   uint32_t read = 0;  // where the stage before this one is given back
   bool come = false;  // what the next chunk's barrier said, asked before this one was multiplied
-  // A stage is given back when the next chunk is taken: by then its last fragments have been multiplied, by instructions of the whole warp, so
-  // they have come. An arrival right behind the loads overtakes them, and beside a block whose loads miss (attention) they stayed behind for
-  // longer than a copy takes.
+  // A stage is given back when the next chunk is taken, and by each lane for what it has read itself: by then its last fragments have been
+  // multiplied, so they have come. An arrival right behind the loads overtakes them, and beside a block whose loads miss (attention) they
+  // stayed behind for longer than a copy takes.
   struct {
     const uint32_t &come_at, &read;
     uint32_t& parity;
@@ -160,7 +159,7 @@ __global__ void __launch_bounds__(NG == 1 ? kFewRegisters : threads<W, NG, ONE>(
     bool& come;
     __device__ __forceinline__ void begin() const { grid_wait(); }
     __device__ __forceinline__ int operator()() const {
-      if (read && threadIdx.x % 32 == 0) barrier_arrive(read);
+      if (read) barrier_arrive(read);
       if (!come) barrier_wait(come_at + stage * 8, parity);
       const int now = stage;
       if (++stage == stages) stage = 0, parity ^= 1;

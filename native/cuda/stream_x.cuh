@@ -76,7 +76,8 @@ __device__ __forceinline__ void row_to_integers(Shared x, Shared terms) {
   const int lane = threadIdx.x % 32, s = lane / 4, t = lane % 4;
   const Shared from = x + (s * 32 + t * 4);
   const uint32_t a = load4(from), b = load4(from + 16);
-  const Integers v = to_integers<T, GROUP_COLS>(a, b);  // synchronizes the warp
+  const Integers v = to_integers<T, GROUP_COLS>(a, b);
+  __syncwarp();  // all lanes have read
   const Shared to = x + (s / 4 * kSingleRow + s % 4 * 4 + t * 16);
   store4(to, v.high), store4(to + kLowBytes, v.low);
   if (lane == 0) store8(terms, __float_as_uint(v.scale), uint32_t(v.sums[0]));
