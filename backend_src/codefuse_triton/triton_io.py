@@ -218,6 +218,7 @@ class GeneratorModel:
         _log(f"generator: {weights} on {self._engine.device}, {self._engine.dtype}, max_len {self._engine.max_len}")
         name = args["model_name"]
         self._metrics = _Metrics(name, args["model_version"])
+        self._metrics.update(self._engine.stats())  # a server that is ready has all of them
         self._service = Service(self._engine, responses_per_s=responses_per_s, server_pid=os.getppid(), name=name, on_stats=self._metrics.update)
 
     def execute(self, requests: list[Any]) -> None:
