@@ -69,38 +69,38 @@ struct Ready {
   int room = 0;                // bytes of shared memory that the streaming kernel leaves of a multiprocessor
 };
 
-// y[t] from x W^T + b for T <= kDecodeRows decode rows.
-struct DecodeInput {
+struct LinearInput {
   const void* x;  // [T, K], K a multiple of kChunkCols, 16-byte aligned
   const void* w;  // [N, K] in the chunks of its format (weights.cuh)
   int K;
   Format format = Format::f16;  // f16 stands for any that is in 16-bit tiles
 };
-struct DecodeOutput {
+struct LinearOutput {
   int N;
   Epilogue epilogue;
 };
-void decode_linear(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const SplitScratch& scratch);
+// y[t] from x W^T + b for T <= kDecodeRows decode rows.
+void decode_linear(const Stream& s, DType act, int T, const LinearInput& in, const LinearOutput& out, const SplitScratch& scratch);
 // Two products in one launch, of the same format. ready: of out_a, whose rows are stored first; its room is set.
-void decode_linear_pair(const Stream& s, DType act, int T, const DecodeInput& in_a, const DecodeOutput& out_a, const DecodeInput& in_b,
-                        const DecodeOutput& out_b, const SplitScratch& scratch, Ready& ready);
+void decode_linear_pair(const Stream& s, DType act, int T, const LinearInput& in_a, const LinearOutput& out_a, const LinearInput& in_b,
+                        const LinearOutput& out_b, const SplitScratch& scratch, Ready& ready);
 int ready_count(int N);  // what Ready::expected is for an output of N columns
 // One output of two: x_a W_a^T + x_b W_b^T.
-void decode_linear_sum(const Stream& s, DType act, int T, const DecodeInput& in_a, const DecodeInput& in_b, const DecodeOutput& out,
+void decode_linear_sum(const Stream& s, DType act, int T, const LinearInput& in_a, const LinearInput& in_b, const LinearOutput& out,
                        const SplitScratch& scratch);
-// Where blocks of prefill_linear on Hopper leave sums for each other; without it, fewer tiles run side by side.
+// Where blocks of prefill_linear_wgmma leave sums for each other; without it, fewer tiles run side by side.
 constexpr int kPrefillSlot = 128 * 256;  // floats of a block
 struct PrefillScratch {
   float* partial = nullptr;  // [SMs, kPrefillSlot]
   int32_t* flag = nullptr;   // [SMs, 8], zero between launches
 };
-// The same for any number of prefill rows.
-void prefill_linear(const Stream& s, DType act, const void* x, const void* w, int T, int N, int K, const Epilogue& e, const PrefillScratch& scratch = {});
+// The same for any number of prefill rows, of 16-bit tiles; before Hopper, where expand() comes before it for quantized weights.
+void prefill_linear(const Stream& s, DType act, const void* x, const void* w, int T, int N, int K, const Epilogue& e);
 bool has_wgmma();  // this build has wgmma code for the current device
-void prefill_linear_wgmma(const Stream& s, DType act, const void* x, const void* w, int T, int N, int K, const PrefillScratch& scratch, const Epilogue& e);
-// Quantized weights where there is wgmma; elsewhere expand() comes before prefill_linear.
-void prefill_linear_quantized(const Stream& s, DType act, Format format, const void* x, const void* w, int T, int N, int K, const PrefillScratch& scratch,
-                              const Epilogue& e);
+// The same on Hopper, of any format. in_b: nullptr, or of the same format a second product of as many columns (out_b given), or without row scales a
+// second part of K.
+void prefill_linear_wgmma(const Stream& s, DType act, int T, const LinearInput& in, const LinearOutput& out, const LinearInput* in_b, const LinearOutput* out_b,
+                          const PrefillScratch& scratch);
 // float32: w [N, K] rows, FMA arithmetic.
 void decode_linear_f32(const Stream& s, const float* x, const float* w, int T, int N, int K, const Epilogue& e);
 void prefill_linear_f32(const Stream& s, const float* x, const float* w, int T, int N, int K, const Epilogue& e);

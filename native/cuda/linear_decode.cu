@@ -6,7 +6,7 @@ namespace codefuse::cuda {
 namespace {
 
 // Bytes of shared memory left of a multiprocessor.
-int run(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const DecodeInput* in_b, const DecodeOutput* out_b,
+int run(const Stream& s, DType act, int T, const LinearInput& in, const LinearOutput& out, const LinearInput* in_b, const LinearOutput* out_b,
         const SplitScratch& scratch, int32_t* ready = nullptr) {
   if (is_quantized(in.format)) return stream::product_quantized(s, act, T, in, out, in_b, out_b, scratch, ready);
   return act == DType::f16 ? stream::product<Weights16<__half>>(s, act, T, in, out, in_b, out_b, scratch, ready)
@@ -15,18 +15,18 @@ int run(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOu
 
 }  // namespace
 
-void decode_linear(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const SplitScratch& scratch) {
+void decode_linear(const Stream& s, DType act, int T, const LinearInput& in, const LinearOutput& out, const SplitScratch& scratch) {
   run(s, act, T, in, out, nullptr, nullptr, scratch);
 }
 
-void decode_linear_pair(const Stream& s, DType act, int T, const DecodeInput& in_a, const DecodeOutput& out_a, const DecodeInput& in_b,
-                        const DecodeOutput& out_b, const SplitScratch& scratch, Ready& ready) {
+void decode_linear_pair(const Stream& s, DType act, int T, const LinearInput& in_a, const LinearOutput& out_a, const LinearInput& in_b,
+                        const LinearOutput& out_b, const SplitScratch& scratch, Ready& ready) {
   ready.room = run(s, act, T, in_a, out_a, &in_b, &out_b, scratch, ready.counter);
 }
 
 int ready_count(int N) { return int(groups_of(N)) * 16; }  // by row tiles
 
-void decode_linear_sum(const Stream& s, DType act, int T, const DecodeInput& in_a, const DecodeInput& in_b, const DecodeOutput& out,
+void decode_linear_sum(const Stream& s, DType act, int T, const LinearInput& in_a, const LinearInput& in_b, const LinearOutput& out,
                        const SplitScratch& scratch) {
   run(s, act, T, in_a, out, &in_b, nullptr, scratch);
 }

@@ -122,8 +122,7 @@ __global__ void pad(uint16_t* __restrict__ y, const uint16_t* __restrict__ x, in
 
 }  // namespace
 
-void prefill_linear(const Stream& s, DType act, const void* x, const void* w, int T, int N, int K, const Epilogue& e, const PrefillScratch& scratch) {
-  if (s.wgmma) return prefill_linear_wgmma(s, act, x, w, T, N, K, scratch, e);
+void prefill_linear(const Stream& s, DType act, const void* x, const void* w, int T, int N, int K, const Epilogue& e) {
   act == DType::f16 ? run<__half>(s, x, w, T, N, K, e) : run<__nv_bfloat16>(s, x, w, T, N, K, e);
 }
 

@@ -4,8 +4,7 @@
 namespace codefuse::cuda {
 
 namespace prefill {
-#define CODEFUSE_ELSEWHERE(...) \
-  extern template void choose<__VA_ARGS__>(const Stream&, DType, const void*, const void*, const float*, int, int, int, const PrefillScratch&, const Epilogue&);
+#define CODEFUSE_ELSEWHERE(...) extern template void choose<__VA_ARGS__>(const Stream&, DType, const Args&, const void* const (&)[2]);
 CODEFUSE_ELSEWHERE(Weights8<__half>)
 CODEFUSE_ELSEWHERE(Weights8<__nv_bfloat16>)
 CODEFUSE_ELSEWHERE(Weights4<__half, 128>)
@@ -21,16 +20,31 @@ bool has_wgmma() {
          code.sharedSizeBytes >= sizeof(prefill::Barriers);
 }
 
-void prefill_linear_wgmma(const Stream& s, DType act, const void* x, const void* w, int T, int N, int K, const PrefillScratch& scratch, const Epilogue& e) {
-  act == DType::f16 ? prefill::choose<Weights16<__half>>(s, act, x, w, nullptr, T, N, K, scratch, e)
-                    : prefill::choose<Weights16<__nv_bfloat16>>(s, act, x, w, nullptr, T, N, K, scratch, e);
-}
-
-void prefill_linear_quantized(const Stream& s, DType act, Format format, const void* x, const void* w, int T, int N, int K, const PrefillScratch& scratch,
-                              const Epilogue& e) {
-  const float* scale = row_scales(format, w, N, K);
-  const auto run = [&](auto weights) { prefill::choose<decltype(weights)>(s, act, x, w, scale, T, N, K, scratch, e); };
-  act == DType::f16 ? with_quantized<__half>(format, run) : with_quantized<__nv_bfloat16>(format, run);
+void prefill_linear_wgmma(const Stream& s, DType act, int T, const LinearInput& in, const LinearOutput& out, const LinearInput* in_b, const LinearOutput* out_b,
+                          const PrefillScratch& scratch) {
+  prefill::Args a{};
+  a.tokens = T;
+  a.scratch = scratch;
+  const void* x[2] = {in.x, in_b ? in_b->x : nullptr};
+  const auto source = [](const LinearInput& i) { return prefill::Source{static_cast<const uint8_t*>(i.w), int(steps_of(i.K))}; };
+  const auto product = [](const LinearInput& i, const LinearOutput& o) { return prefill::Product{row_scales(i.format, i.w, o.N, i.K), o.N, o.epilogue}; };
+  a.source[0] = source(in);
+  a.product[0] = product(in, out);
+  a.chunks = a.source[0].chunks;
+  a.join = INT_MAX;
+  if (in_b) {
+    a.source[1] = source(*in_b);
+    if (out_b)
+      a.product[1] = product(*in_b, *out_b);
+    else
+      a.join = a.chunks, a.chunks += a.source[1].chunks;
+  }
+  const auto run = [&](auto weights) { prefill::choose<decltype(weights)>(s, act, a, x); };
+  const auto of = [&](auto zero) {
+    using T16 = decltype(zero);
+    is_quantized(in.format) ? with_quantized<T16>(in.format, run) : run(Weights16<T16>());
+  };
+  act == DType::f16 ? of(__half()) : of(__nv_bfloat16());
 }
 
 }  // namespace codefuse::cuda

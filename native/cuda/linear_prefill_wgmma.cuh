@@ -7,6 +7,9 @@
 // through the same tiles at the same time, so that weights come from memory once. Tiles that do not divide evenly among teams are
 // relayed: one runs the first chunks of a tile, and leaves its sums for the next, which goes on from them.
 //
+// One launch has one product, or two of as many columns (of their tiles the first product's come first), or one whose K comes from two sources (x and
+// matrix each).
+//
 // Every output is one sum in chunks of 16 columns in order: the relay hands on the float32 accumulators as they are, and the
 // width of an instruction (TOKENS) does not change what one of its columns is. So a row's result depends neither on the number of rows
 // nor on the tile shape.
@@ -104,22 +107,43 @@ __device__ __forceinline__ void load_fragments(uint4 (&a)[4], const uint8_t* sta
 }
 #endif
 
-// row_scale [N padded] of q8_row; chunks: of 64 columns, whatever the format's; members: clusters of a team; tiles: of the outputs of a
-// cluster x the rows of x of a team
+// Chunks are of 64 columns, whatever the format's.
+struct Source {
+  const uint8_t* w;
+  int chunks;
+};
+struct Product {
+  const float* row_scale;  // [N padded] of q8_row
+  int N;
+  Epilogue epilogue;
+};
+struct Args {
+  int tokens;
+  int chunks;        // of a product
+  int join;          // from this chunk on of a product its source is the second
+  int tiles, first;  // of the outputs of a cluster x the rows of x of a team: of all products; of the first
+  int members;       // clusters of a team
+  Source source[2];
+  Product product[2];
+  PrefillScratch scratch;
+  CUtensorMap x[2];  // of sources
+};
+
 template <class W, int TOKENS>
-__global__ void __launch_bounds__(kThreads, 1) gemm(const uint8_t* __restrict__ w, const float* __restrict__ row_scale, const __grid_constant__ CUtensorMap x,
-                                                    int tokens, int N, int chunks, int tiles, int members, PrefillScratch scratch, Epilogue e) {
+__global__ void __launch_bounds__(kThreads, 1) gemm(const __grid_constant__ Args a) {
 #ifdef CODEFUSE_WGMMA
   using T = typename W::Type;
   constexpr int kStages = stages_for<W>(TOKENS), kXBytes = x_bytes(TOKENS), kStageBytes = stage_bytes<W>(TOKENS);
   extern __shared__ uint8_t shared[];
   __shared__ Barriers barriers;
   uint8_t* const smem = shared + (1024 - shared_address(shared) % 1024) % 1024;  // [kStages] (x, weights), then outputs
-  const int warpgroup = threadIdx.x / 128, rank = int(blockIdx.x % 2), member = int(blockIdx.x / 2) % members;
-  const int across = (tokens + TOKENS * members - 1) / (TOKENS * members);  // tiles with the same weights
-  const auto half_of = [&](int tile) { return tile / across * 2 + rank; };
-  const auto token_of = [&](int tile) { return (tile % across * members + member) * TOKENS; };
-  const Work work(blockIdx.x / (2 * members), gridDim.x / (2 * members), tiles, chunks, scratch.partial != nullptr);
+  const int members = a.members, warpgroup = threadIdx.x / 128, rank = int(blockIdx.x % 2), member = int(blockIdx.x / 2) % members;
+  const int across = (a.tokens + TOKENS * members - 1) / (TOKENS * members);  // tiles with the same weights
+  const auto product_of = [&](int tile) { return int(tile >= a.first); };
+  const auto group_of = [&](int tile) { return (product_of(tile) ? tile - a.first : tile) / across; };
+  const auto half_of = [&](int tile) { return group_of(tile) * 2 + rank; };
+  const auto token_of = [&](int tile) { return (tile % across * members + member) * TOKENS; };  // a.first is a multiple of across
+  const Work work(blockIdx.x / (2 * members), gridDim.x / (2 * members), a.tiles, a.chunks, a.scratch.partial != nullptr);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&barriers.full[i], 1);
@@ -134,20 +158,23 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const uint8_t* __restrict__ 
   if (warpgroup == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) {
-      prefetch_map(&x);
+      prefetch_map(&a.x[0]);
+      if (a.source[1].w) prefetch_map(&a.x[1]);
       bool waited = false;
       int stage = 0, parity = 1;
-      const int own_chunks = (chunks + W::kCols / 64 - 1) / (W::kCols / 64);
       for (Walk at(work); !at.done(); at.step()) {
         uint8_t *const to = smem + stage * kStageBytes, *const weights = to + kXBytes;
         uint64_t* const full = &barriers.full[stage];
         barrier_wait(&barriers.empty[stage], parity);
         barrier_expect(full, kXBytes + w_bytes<W>());
-        const uint8_t* const chunk = w + (size_t(half_of(at.item.tile) / 2) * own_chunks + at.chunk / (W::kCols / 64)) * W::kBytes;
-        parts_of<W>(at.chunk % (W::kCols / 64), rank, [&](int place, int from, int bytes) { bulk_copy(weights + place, chunk + from, bytes, full); });
+        const bool joined = at.chunk >= a.join;
+        const int source = joined | product_of(at.item.tile), c = joined ? at.chunk - a.join : at.chunk;
+        const int own_chunks = (a.source[source].chunks + W::kCols / 64 - 1) / (W::kCols / 64);
+        const uint8_t* const chunk = a.source[source].w + (size_t(group_of(at.item.tile)) * own_chunks + c / (W::kCols / 64)) * W::kBytes;
+        parts_of<W>(c % (W::kCols / 64), rank, [&](int place, int from, int bytes) { bulk_copy(weights + place, chunk + from, bytes, full); });
         if (!waited) grid_wait();
         waited = true;
-        tensor_copy_both(to + rank * (kXBytes / 2), &x, at.chunk * kChunkCols, token_of(at.item.tile) + rank * (TOKENS / 2), full);
+        tensor_copy_both(to + rank * (kXBytes / 2), &a.x[source], c * kChunkCols, token_of(at.item.tile) + rank * (TOKENS / 2), full);
         if (++stage == kStages) stage = 0, parity ^= 1;
       }
     }
@@ -163,18 +190,20 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const uint8_t* __restrict__ 
     float d[TOKENS / 2];
     for (int i = 0; i < work.count; ++i) {
       const Item item = work.item(i);
+      const Product& product = a.product[product_of(item.tile)];
       if (item.begin == 0) {
 #pragma unroll
         for (int r = 0; r < TOKENS / 2; ++r) d[r] = 0.f;
       } else {
-        take(d, scratch.partial + size_t(slot - 2 * members) * kPrefillSlot + thread * 4, scratch.flag + (slot - 2 * members) * 8 + warp);
+        take(d, a.scratch.partial + size_t(slot - 2 * members) * kPrefillSlot + thread * 4, a.scratch.flag + (slot - 2 * members) * 8 + warp);
       }
       const int n = item.end - item.begin;
       uint4 even[4], odd[4];  // weights of chunks by turns: while one is multiplied, the next is made
       int c = 0, before = 0;  // the stage of the chunk before this one
       const auto make = [&](uint4(&to)[4]) {
         barrier_wait(&barriers.full[stage], parity);
-        load_fragments<W>(to, smem + stage * kStageBytes + kXBytes, warp, (item.begin + c) % (W::kCols / 64), lane);
+        const int chunk = item.begin + c;
+        load_fragments<W>(to, smem + stage * kStageBytes + kXBytes, warp, (chunk >= a.join ? chunk - a.join : chunk) % (W::kCols / 64), lane);
       };
       const auto release = [&](int used) {
         barrier_arrive(&barriers.empty[used]);
@@ -202,23 +231,23 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const uint8_t* __restrict__ 
       wgmma_wait<0>();
       release(before);
       wgmma_hold(d);
-      if (W::kScale == Scale::row && item.end == chunks) {
-        const float* scale = row_scale + half_of(item.tile) * kRows + warp * 16 + lane / 4;
+      if (W::kScale == Scale::row && item.end == a.chunks) {
+        const float* scale = product.row_scale + half_of(item.tile) * kRows + warp * 16 + lane / 4;
         const float sa = scale[0], sb = scale[8];
 #pragma unroll
         for (int r = 0; r < TOKENS / 2; ++r) d[r] *= r % 4 < 2 ? sa : sb;
       }
-      if (item.end < chunks)
-        leave(d, scratch.partial + size_t(slot) * kPrefillSlot + thread * 4, scratch.flag + slot * 8 + warp);
+      if (item.end < a.chunks)
+        leave(d, a.scratch.partial + size_t(slot) * kPrefillSlot + thread * 4, a.scratch.flag + slot * 8 + warp);
       else
-        write_tile<T, TOKENS>(d, staging, group, token_of(item.tile), tokens, half_of(item.tile) * kRows + group * 64, N, e);
+        write_tile<T, TOKENS>(d, staging, group, token_of(item.tile), a.tokens, half_of(item.tile) * kRows + group * 64, product.N, product.epilogue);
     }
   }
   cluster_sync();  // a block's barriers are there until its peer has arrived at them
 #endif
 }
 
-using Kernel = void (*)(const uint8_t*, const float*, CUtensorMap, int, int, int, int, int, PrefillScratch, Epilogue);
+using Kernel = void (*)(Args);
 
 // clusters that can be resident at a time
 template <class W, int TOKENS>
@@ -233,8 +262,9 @@ int clusters_of(const Stream& s, const cudaLaunchConfig_t& config) {
   return std::min(clusters, s.sms / 2);
 }
 
+// x: of the sources, or nullptr. Of args what depends on the tile shape is set here.
 template <class W, int TOKENS>
-void run(const Stream& s, DType act, const void* x, const void* w, const float* row_scale, int tokens, int N, int K, const PrefillScratch& scratch, const Epilogue& e, int members) {
+void run(const Stream& s, DType act, Args args, const void* const (&x)[2], int members) {
   const Kernel kernel = gemm<W, TOKENS>;
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared_for<W>(TOKENS)), "shared memory");
   cudaLaunchAttribute attribute[2]{};
@@ -249,10 +279,15 @@ void run(const Stream& s, DType act, const void* x, const void* w, const float* 
   c.stream = s.stream;
   c.attrs = attribute;
   c.numAttrs = 1;
-  const int clusters = clusters_of<W, TOKENS>(s, c), rows = TOKENS * members, tiles = int(groups_of(N)) * ((tokens + rows - 1) / rows);
-  c.gridDim = std::min(tiles, std::max(1, clusters / members)) * members * 2;
+  const int clusters = clusters_of<W, TOKENS>(s, c), rows = TOKENS * members, across = (args.tokens + rows - 1) / rows;
+  args.members = members;
+  args.first = int(groups_of(args.product[0].N)) * across;
+  args.tiles = args.first + int(groups_of(args.product[1].N)) * across;
+  for (int i = 0; i < 2; ++i)
+    if (x[i]) args.x[i] = rows_map(act, x[i], args.tokens, args.source[i].chunks * kChunkCols, TOKENS / 2);
+  c.gridDim = std::min(args.tiles, std::max(1, clusters / members)) * members * 2;
   c.numAttrs = s.dependent ? 2 : 1;
-  check(cudaLaunchKernelEx(&c, kernel, static_cast<const uint8_t*>(w), row_scale, rows_map(act, x, tokens, K, TOKENS / 2), tokens, N, int(steps_of(K)), tiles, members, scratch, e), "launch");
+  check(cudaLaunchKernelEx(&c, kernel, args), "launch");
 }
 
 constexpr int kMembers = 8;  // of a team at most
@@ -260,23 +295,24 @@ constexpr int kMembers = 8;  // of a team at most
 // The tile shape and team with the least of: tiles of the busiest team x what one takes. Reading 16-bit weights from memory once more costs
 // about a twentieth.
 template <class W>
-void choose(const Stream& s, DType act, const void* x, const void* w, const float* row_scale, int tokens, int N, int K, const PrefillScratch& scratch, const Epilogue& e) {
+void choose(const Stream& s, DType act, const Args& args, const void* const (&x)[2]) {
   const double cost[3] = {0.42, 0.6, 1}, again = 0.05 * w_bytes<W>() / (kChunkBytes / 2);
+  const int64_t groups = groups_of(args.product[0].N) + groups_of(args.product[1].N);
   double best = 0;
   int shape = 0, members = 1;
   for (int v = 0; v < 3; ++v) {
-    const int tiles = (tokens + (64 << v) - 1) / (64 << v);
+    const int tiles = (args.tokens + (64 << v) - 1) / (64 << v);
     for (int m = 1; m <= std::min({tiles, kMembers, s.sms / 2}); ++m) {
       const int across = (tiles + m - 1) / m;
-      const double share = double(groups_of(N)) * across / (s.sms / 2 / m);
-      const double time = cost[v] * (share <= 1 ? 1 : scratch.partial ? share : double(int64_t(share + 0.999))) * (1 + again * (across - 1));
+      const double share = double(groups) * across / (s.sms / 2 / m);
+      const double time = cost[v] * (share <= 1 ? 1 : args.scratch.partial ? share : double(int64_t(share + 0.999))) * (1 + again * (across - 1));
       if (best == 0 || time < best) best = time, shape = v, members = m;
     }
   }
   switch (shape) {
-    case 0: return run<W, 64>(s, act, x, w, row_scale, tokens, N, K, scratch, e, members);
-    case 1: return run<W, 128>(s, act, x, w, row_scale, tokens, N, K, scratch, e, members);
-    default: return run<W, 256>(s, act, x, w, row_scale, tokens, N, K, scratch, e, members);
+    case 0: return run<W, 64>(s, act, args, x, members);
+    case 1: return run<W, 128>(s, act, args, x, members);
+    default: return run<W, 256>(s, act, args, x, members);
   }
 }
 

@@ -3,7 +3,7 @@
 
 namespace codefuse::cuda::prefill {
 
-template void choose<Weights4<__half, 64>>(const Stream&, DType, const void*, const void*, const float*, int, int, int, const PrefillScratch&, const Epilogue&);
-template void choose<Weights4<__nv_bfloat16, 64>>(const Stream&, DType, const void*, const void*, const float*, int, int, int, const PrefillScratch&, const Epilogue&);
+template void choose<Weights4<__half, 64>>(const Stream&, DType, const Args&, const void* const (&)[2]);
+template void choose<Weights4<__nv_bfloat16, 64>>(const Stream&, DType, const Args&, const void* const (&)[2]);
 
 }  // namespace codefuse::cuda::prefill

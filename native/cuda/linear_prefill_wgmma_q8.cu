@@ -3,7 +3,7 @@
 
 namespace codefuse::cuda::prefill {
 
-template void choose<Weights8<__half>>(const Stream&, DType, const void*, const void*, const float*, int, int, int, const PrefillScratch&, const Epilogue&);
-template void choose<Weights8<__nv_bfloat16>>(const Stream&, DType, const void*, const void*, const float*, int, int, int, const PrefillScratch&, const Epilogue&);
+template void choose<Weights8<__half>>(const Stream&, DType, const Args&, const void* const (&)[2]);
+template void choose<Weights8<__nv_bfloat16>>(const Stream&, DType, const Args&, const void* const (&)[2]);
 
 }  // namespace codefuse::cuda::prefill

@@ -8,7 +8,13 @@ namespace codefuse::cuda {
 
 namespace {
 
-DecodeInput input(const void* x, const Linear& w) { return {x, w.weight.data, int(w.weight.cols), w.weight.host.format}; }
+LinearInput input(const void* x, const Linear& w) { return {x, w.weight.data, int(w.weight.cols), w.weight.host.format}; }
+
+// of rows from `row` on
+Epilogue from_row(Epilogue e, int row, int N, DType act) {
+  e.y = static_cast<char*>(e.y) + int64_t(row) * N * int64_t(e.store == Store::act ? size_of(act) : 4);
+  return e;
+}
 
 bool same_chunks(const Linear& a, const Linear& b) {
   const Format f = a.weight.host.format, g = b.weight.host.format;
@@ -47,11 +53,7 @@ const void* CudaOps::padded(const void* x, int K, int rows) {
 void CudaOps::linear_rows(const void* x, const Linear& w, const Epilogue& e, int first, int decode, int rows) {
   if (first >= rows) return;
   const int N = int(w.weight.rows), K = int(w.weight.cols);
-  auto epilogue_at = [&](int row) {
-    Epilogue at = e;
-    at.y = static_cast<char*>(e.y) + int64_t(row) * N * int64_t(e.store == Store::act ? size_of(act_) : 4);
-    return at;
-  };
+  const auto epilogue_at = [&](int row) { return from_row(e, row, N, act_); };
   if (act_ == DType::f32) {
     const auto* in = static_cast<const float*>(x);
     const auto* weights = static_cast<const float*>(w.weight.data);
@@ -66,12 +68,10 @@ void CudaOps::linear_rows(const void* x, const Linear& w, const Epilogue& e, int
                   {N, epilogue_at(r)}, scratch_for(w, nullptr));
   if (rows == decode) return;
   const char* const from = in + int64_t(decode) * columns * 2;
-  if (!is_quantized(w.weight.host.format))
-    prefill_linear(s_, act_, from, w.weight.data, rows - decode, N, columns, epilogue_at(decode), prefill_);
-  else if (s_.wgmma)
-    prefill_linear_quantized(s_, act_, w.weight.host.format, from, w.weight.data, rows - decode, N, columns, prefill_, epilogue_at(decode));
+  if (s_.wgmma)
+    prefill_linear_wgmma(s_, act_, rows - decode, {from, w.weight.data, columns, w.weight.host.format}, {N, epilogue_at(decode)}, nullptr, nullptr, prefill_);
   else
-    prefill_linear(s_, act_, from, expanded(w.weight), rows - decode, N, columns, epilogue_at(decode), prefill_);
+    prefill_linear(s_, act_, from, is_quantized(w.weight.host.format) ? expanded(w.weight) : w.weight.data, rows - decode, N, columns, epilogue_at(decode));
 }
 
 // A quantized matrix in 16-bit tiles, until the next call.
@@ -85,9 +85,18 @@ const void* CudaOps::expanded(const Matrix& m) {
   return expanded_;
 }
 
-// Decode rows whose x the streaming kernel can read as it is.
-bool CudaOps::streams(const void* x, const Linear& w) const {
-  return act_ != DType::f32 && decode_rows_ > 0 && decode_rows_ <= kDecodeRows && w.weight.cols % kChunkCols == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+// Whether kernels of 16 bits can read x as it is.
+bool CudaOps::whole(const void* x, const Linear& w) const {
+  return act_ != DType::f32 && w.weight.cols % kChunkCols == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
+}
+// Decode rows that the streaming kernel takes as they are.
+bool CudaOps::streams(const void* x, const Linear& w) const { return whole(x, w) && decode_rows_ > 0 && decode_rows_ <= kDecodeRows; }
+
+// The prefill rows of x.
+LinearInput CudaOps::prefill_input(const void* x, const Linear& w) const {
+  LinearInput in = input(x, w);
+  in.x = static_cast<const char*>(x) + int64_t(decode_rows_) * in.K * 2;
+  return in;
 }
 
 void CudaOps::linear_pair(void* ya, const void* xa, const Linear& wa, const Activation* fn_a, void* yb, const void* xb, const Linear& wb, const Activation* fn_b) {
@@ -106,21 +115,35 @@ void CudaOps::linear_pair(void* ya, const void* xa, const Linear& wa, const Acti
                        ready_);
     first = decode_rows_;
   }
-  linear_rows(xa, wa, ea, first, decode_rows_, rows_);
-  linear_rows(xb, wb, eb, first, decode_rows_, rows_);
+  int last = rows_;  // of the rows one product at a time
+  if (rows_ > decode_rows_ && s_.wgmma && whole(xa, wa) && whole(xb, wb) && same_chunks(wa, wb) && wa.weight.cols == wb.weight.cols) {
+    const LinearInput ia = prefill_input(xa, wa), ib = prefill_input(xb, wb);
+    const int Na = int(wa.weight.rows), Nb = int(wb.weight.rows);
+    const LinearOutput oa{Na, from_row(ea, decode_rows_, Na, act_)}, ob{Nb, from_row(eb, decode_rows_, Nb, act_)};
+    prefill_linear_wgmma(s_, act_, rows_ - decode_rows_, ia, oa, &ib, &ob, prefill_);
+    last = decode_rows_;
+  }
+  linear_rows(xa, wa, ea, first, decode_rows_, last);
+  linear_rows(xb, wb, eb, first, decode_rows_, last);
 }
 
 void CudaOps::linear_add_pair(float* y, const void* xa, const Linear& wa, const void* xb, const Linear& wb, bool add_bias) {
   const Epilogue ea{Store::add, -1, add_bias ? wa.bias : nullptr, y}, eb{Store::add, -1, add_bias ? wb.bias : nullptr, y};
-  int first = 0;
+  Epilogue sum = ea;
+  sum.bias_b = eb.bias;
+  const int N = int(wa.weight.rows);
+  int first = 0, last = rows_;  // of the rows one product at a time
   if (streams(xa, wa) && streams(xb, wb) && same_chunks(wa, wb)) {
-    Epilogue sum = ea;
-    sum.bias_b = eb.bias;
-    decode_linear_sum(s_, act_, decode_rows_, input(xa, wa), input(xb, wb), {int(wa.weight.rows), sum}, scratch_for(wa, &wb));
+    decode_linear_sum(s_, act_, decode_rows_, input(xa, wa), input(xb, wb), {N, sum}, scratch_for(wa, &wb));
     first = decode_rows_;
   }
-  linear_rows(xa, wa, ea, first, decode_rows_, rows_);
-  linear_rows(xb, wb, eb, first, decode_rows_, rows_);
+  if (rows_ > decode_rows_ && s_.wgmma && whole(xa, wa) && whole(xb, wb) && same_chunks(wa, wb) && wa.weight.host.format != Format::q8_row) {
+    const LinearInput ia = prefill_input(xa, wa), ib = prefill_input(xb, wb);
+    prefill_linear_wgmma(s_, act_, rows_ - decode_rows_, ia, {N, from_row(sum, decode_rows_, N, act_)}, &ib, nullptr, prefill_);
+    last = decode_rows_;
+  }
+  linear_rows(xa, wa, ea, first, decode_rows_, last);
+  linear_rows(xb, wb, eb, first, decode_rows_, last);
 }
 
 void CudaOps::norm_pair(void* ya, const Norm& na, void* yb, const Norm& nb, const float* x, NormKind kind, float eps, int hidden) {

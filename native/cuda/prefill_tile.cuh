@@ -20,7 +20,8 @@ template <class T, int TOKENS>
 __device__ __forceinline__ void write_tile(float (&d)[TOKENS / 2], uint8_t* staging, int group, int token0, int tokens, int n0, int N, const Epilogue& e) {
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
   const int na = n0 + warp * 16 + g, nb = na + 8;
-  const float bias_a = e.bias && na < N ? e.bias[na] : 0.f, bias_b = e.bias && nb < N ? e.bias[nb] : 0.f;
+  const auto bias_of = [&](int n) { return n < N ? (e.bias ? e.bias[n] : 0.f) + (e.bias_b ? e.bias_b[n] : 0.f) : 0.f; };
+  const float bias_a = bias_of(na), bias_b = bias_of(nb);
   if (e.store == Store::act) {
     T* const y = static_cast<T*>(e.y);
     const bool whole = N % 8 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0;

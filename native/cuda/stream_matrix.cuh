@@ -275,7 +275,7 @@ int stream_rows(const Stream& s, DType act, Args& a, const SplitScratch& scratch
 }
 
 template <class W>
-Source source(const DecodeInput& in, int N) {
+Source source(const LinearInput& in, int N) {
   Source s{};
   s.x = static_cast<const uint8_t*>(in.x);
   s.w = static_cast<const uint8_t*>(in.w);
@@ -287,7 +287,7 @@ Source source(const DecodeInput& in, int N) {
 
 // b: nullptr, or a second product (out_b given) or a second part of K. Returns the bytes of shared memory left of a multiprocessor.
 template <class W>
-int product(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const DecodeInput* in_b, const DecodeOutput* out_b,
+int product(const Stream& s, DType act, int T, const LinearInput& in, const LinearOutput& out, const LinearInput* in_b, const LinearOutput* out_b,
             const SplitScratch& scratch, int32_t* ready = nullptr) {
   Args a{};
   a.T = T;
@@ -310,7 +310,7 @@ int product(const Stream& s, DType act, int T, const DecodeInput& in, const Deco
 }
 
 // The formats of linear_decode_quantized.cu; both inputs have the same.
-int product_quantized(const Stream& s, DType act, int T, const DecodeInput& in, const DecodeOutput& out, const DecodeInput* in_b,
-                      const DecodeOutput* out_b, const SplitScratch& scratch, int32_t* ready);
+int product_quantized(const Stream& s, DType act, int T, const LinearInput& in, const LinearOutput& out, const LinearInput* in_b,
+                      const LinearOutput* out_b, const SplitScratch& scratch, int32_t* ready);
 
 }  // namespace codefuse::cuda::stream
