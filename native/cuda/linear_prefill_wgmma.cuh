@@ -25,6 +25,7 @@ namespace codefuse::cuda::prefill {
 constexpr int kRows = 128;                 // outputs of a block: half a row group
 constexpr int kThreads = 384;              // a warpgroup with the producer, two of consumers
 constexpr int kMaxStages = 8;
+[[maybe_unused]] constexpr int kSoon = 8;   // what a tile is added to is asked for so many chunks before its last are
 
 CODEFUSE_HD constexpr int x_bytes(int tokens) { return tokens * kChunkCols * 2; }
 // Weights of a stage: 64 columns of half a row group, with 4 bits' scales and zeros.
@@ -54,6 +55,10 @@ __device__ __forceinline__ void arrive_at(uint64_t* b, uint32_t block) {  // the
 // to both blocks of the cluster, the same place and barrier in each
 __device__ __forceinline__ void tensor_copy_both(void* dst, const CUtensorMap* map, int column, int row, uint64_t* b) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(dst)), "l"(map), "r"(column), "r"(row), "r"(shared_address(b)), "h"(uint16_t(3)) : "memory");
+}
+// one box to L2
+__device__ __forceinline__ void tensor_prefetch(const void* map, int column, int row) {
+  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row) : "memory");
 }
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
@@ -127,6 +132,8 @@ struct Args {
   Product product[2];
   PrefillScratch scratch;
   CUtensorMap x[2];  // of sources
+  CUtensorMap y;     // of product 0, where it is added to: boxes of a block's outputs
+  int adds;
 };
 
 template <class W, int TOKENS>
@@ -175,6 +182,8 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const __grid_constant__ Args
         if (!waited) grid_wait();
         waited = true;
         tensor_copy_both(to + rank * (kXBytes / 2), &a.x[source], c * kChunkCols, token_of(at.item.tile) + rank * (TOKENS / 2), full);
+        if (a.adds && at.item.end == a.chunks && at.chunk == max(at.item.begin, a.chunks - kSoon))
+          tensor_prefetch(&a.y, half_of(at.item.tile) * kRows, token_of(at.item.tile));
         if (++stage == kStages) stage = 0, parity ^= 1;
       }
     }
@@ -285,6 +294,10 @@ void run(const Stream& s, DType act, Args args, const void* const (&x)[2], int m
   args.tiles = args.first + int(groups_of(args.product[1].N)) * across;
   for (int i = 0; i < 2; ++i)
     if (x[i]) args.x[i] = rows_map(act, x[i], args.tokens, args.source[i].chunks * kChunkCols, TOKENS / 2);
+  const Epilogue& e = args.product[0].epilogue;
+  const int N = args.product[0].N;
+  args.adds = e.store == Store::add && args.product[1].N == 0 && N % 4 == 0 && reinterpret_cast<uintptr_t>(e.y) % 16 == 0;
+  if (args.adds) args.y = map_of(CU_TENSOR_MAP_DATA_TYPE_FLOAT32, e.y, args.tokens, N, kRows, TOKENS, CU_TENSOR_MAP_SWIZZLE_NONE);
   c.gridDim = std::min(args.tiles, std::max(1, clusters / members)) * members * 2;
   c.numAttrs = s.dependent ? 2 : 1;
   check(cudaLaunchKernelEx(&c, kernel, args), "launch");

@@ -72,17 +72,21 @@ __device__ __forceinline__ void write_tile(float (&d)[TOKENS / 2], uint8_t* stag
   } else {
     float* const y = static_cast<float*>(e.y);
     const bool whole = N % 4 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0, add = e.store == Store::add;
-#pragma unroll
-    for (int p = 0; p < TOKENS / 32; ++p) {
-      if (token0 + p * 32 >= tokens) break;
-      const int n = n0 + thread % 16 * 4;
-      float4 old[4] = {};
+    const int n = n0 + thread % 16 * 4;
+    float4 old[2][4] = {};  // by turns: those of the next rows are asked for before these are written
+    const auto ask = [&](int p) {
       if (add && whole && n < N)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int token = token0 + p * 32 + i * 8 + thread / 16;
-          if (token < tokens) old[i] = *reinterpret_cast<const float4*>(y + int64_t(token) * N + n);
+          if (token < tokens) old[p % 2][i] = *reinterpret_cast<const float4*>(y + int64_t(token) * N + n);
         }
+    };
+    ask(0);
+#pragma unroll
+    for (int p = 0; p < TOKENS / 32; ++p) {
+      if (token0 + p * 32 >= tokens) break;
+      if (p + 1 < TOKENS / 32) ask(p + 1);
 #pragma unroll
       for (int j = 0; j < 4; ++j)
 #pragma unroll
@@ -96,7 +100,7 @@ __device__ __forceinline__ void write_tile(float (&d)[TOKENS / 2], uint8_t* stag
         if (token >= tokens || n >= N) continue;
         float* to = y + int64_t(token) * N + n;
         if (whole) {
-          *reinterpret_cast<float4*>(to) = make_float4(old[i].x + v.x, old[i].y + v.y, old[i].z + v.z, old[i].w + v.w);
+          *reinterpret_cast<float4*>(to) = make_float4(old[p % 2][i].x + v.x, old[p % 2][i].y + v.y, old[p % 2][i].z + v.z, old[p % 2][i].w + v.w);
         } else {
           const float z[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
