@@ -77,6 +77,14 @@ class TestOps {
     return read(y);
   }
 
+  py::tuple norm_pair(const py::dict& batch, const Floats& x, const MaybeFloats& weight_a, const MaybeFloats& bias_a, const MaybeFloats& weight_b,
+                      const MaybeFloats& bias_b, const std::string& kind, float eps) {
+    const Norm a{vector(weight_a), vector(bias_a)}, b{vector(weight_b), vector(bias_b)};
+    Buffer from = in(x, DType::f32), ya = out({x.shape(0), x.shape(1)}, ops_->act()), yb = out({x.shape(0), x.shape(1)}, ops_->act());
+    run(batch, [&] { ops_->norm_pair(ya.data, a, yb.data, b, from.floats(), parse_norm(kind), eps, int(x.shape(1))); });
+    return py::make_tuple(read(ya), read(yb));
+  }
+
   Floats linear(const py::dict& batch, const Floats& x, const py::object& weight, const std::string& format, const MaybeFloats& bias,
                 const std::optional<std::string>& activation) {
     const Linear w{matrix(weight, format), vector(bias)};
@@ -288,6 +296,7 @@ void bind_testing_ops(py::module_& m) {
       .def("embed", &TestOps::embed, "batch"_a, "table"_a, "format"_a = "f32")
       .def("read_matrix", &TestOps::read_matrix, "weight"_a, "format"_a, "parts"_a = std::vector<int64_t>())
       .def("add_position", &TestOps::add_position, "batch"_a, "x"_a, "table"_a, "format"_a = "f32")
+      .def("norm_pair", &TestOps::norm_pair, "batch"_a, "x"_a, "weight_a"_a, "bias_a"_a, "weight_b"_a, "bias_b"_a, "kind"_a = "layer", "eps"_a = 1e-5f)
       .def("norm", &TestOps::norm, "batch"_a, "x"_a, "weight"_a, "bias"_a = py::none(), "kind"_a = "layer", "eps"_a = 1e-5f,
            "logit_rows"_a = false)
       .def("linear", &TestOps::linear, "batch"_a, "x"_a, "weight"_a, "format"_a = "f32", "bias"_a = py::none(),

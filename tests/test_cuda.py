@@ -155,6 +155,26 @@ def test_linear_pairs(both, na, ka, nb, kb, decode, prefill):
         np.testing.assert_array_equal(both.cuda.linear_add_pair(rows_batch(1, 0), y[-1:], xa[-1:], wa, xb[-1:], wb, format), total[-1:])
 
 
+@pytest.mark.parametrize("na,nb,k,ka", [(257, 300, 192, 64), (1536, 2048, 640, 320), (5000, 700, 256, 2048)])
+def test_pairs_of_prefill_rows(both, na, nb, k, ka):
+    """Several tiles and pieces of tiles; a row is the same in any number of rows. y += x_a W_a^T + x_b W_b^T: K from two matrices."""
+    rng = np.random.default_rng(na)
+    format, rows = FORMAT[both.dtype], 390
+    xa, xb, xc = (both.round(rng.standard_normal((rows, n))) for n in (k, k, ka))
+    wa, wb, wc = (as_format(rng.standard_normal((n, m)) / np.sqrt(m), format)[0] for n, m in ((na, k), (nb, k), (na, ka)))
+    ba, bb, bc = (rng.standard_normal(n).astype(np.float32) for n in (na, nb, na))
+    y = rng.standard_normal((rows, na)).astype(np.float32)
+    for decode, some in ((0, 390), (3, 387)):
+        both.same("linear_pair", rows_batch(decode, some), xa, wa, xb, wb, format, ba, bb, activation="gelu")
+        both.same("linear_add_pair", rows_batch(decode, some), y, xc, wc, xa, wa, format, bc, ba, eps=5e-6 if both.dtype == "float32" else 1e-4)
+    pair, total = both.cuda.linear_pair(rows_batch(0, rows), xa, wa, xb, wb, format, ba, bb), both.cuda.linear_add_pair(rows_batch(0, rows), y, xc, wc, xa, wa, format, bc, ba)
+    for first, count in ((0, 1), (60, 65), (100, 128), (37, 320)):
+        part, batch = slice(first, first + count), rows_batch(0, count)
+        for got, want in zip(both.cuda.linear_pair(batch, xa[part], wa, xb[part], wb, format, ba, bb), pair):
+            np.testing.assert_array_equal(got, want[part])
+        np.testing.assert_array_equal(both.cuda.linear_add_pair(batch, y[part], xc[part], wc, xa[part], wa, format, bc, ba), total[part])
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu"])
 def test_activations(both, activation):
     rng = np.random.default_rng(5)
@@ -220,6 +240,21 @@ def test_norm(both, hidden, kind):
     both.same("norm", rows_batch(5, 7, "last"), x[:6], w, b, kind, 1e-5, logit_rows=True, eps=max(EPS[both.dtype], 1e-5))
     whole = both.cuda.norm(rows_batch(5, 7), x, w, b, kind, 1e-5)
     np.testing.assert_array_equal(both.cuda.norm(rows_batch(0, 1), x[9:10], w, b, kind, 1e-5), whole[9:10])
+
+
+@pytest.mark.parametrize("hidden", [111, 640, 5120, 12289])
+@pytest.mark.parametrize("kind", ["layer", "rms"])
+def test_norm_pairs(both, hidden, kind):
+    """From 256 rows on a block makes both outputs of several."""
+    rng = np.random.default_rng(hidden)
+    x, eps = (rng.standard_normal((257, hidden)) * 3 + 1).astype(np.float32), max(EPS[both.dtype], 1e-5)
+    wa, ba, wb, bb = (rng.standard_normal(hidden).astype(np.float32) for _ in range(4))
+    both.same("norm_pair", rows_batch(0, 257), x, wa, ba, wb, bb, kind, 1e-5, eps=eps)
+    both.same("norm_pair", rows_batch(0, 257), x, wa, None, None, bb, kind, 1e-5, eps=eps)
+    whole = both.cuda.norm_pair(rows_batch(0, 257), x, wa, ba, wb, bb, kind, 1e-5)
+    for got, want in zip(both.cuda.norm_pair(rows_batch(5, 7), x[245:], wa, ba, wb, bb, kind, 1e-5), whole):
+        np.testing.assert_array_equal(got, want[245:])
+    np.testing.assert_array_equal(both.cuda.norm(rows_batch(0, 257), x, wb, bb, kind, 1e-5), whole[1])
 
 
 @pytest.mark.parametrize("n", [1, 111, 4096])

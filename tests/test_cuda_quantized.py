@@ -181,6 +181,12 @@ def test_linear_pairs(both, format, na, ka, nb, kb, decode, prefill):
     both.same("linear_pair", batch, xa, wa, xb, wb, format, ba, bb, activation="gelu", size=(size_of((xa, wa, format)), size_of((xb, wb, format))))
     eps = 5e-6 if both.dtype == "float32" else EPS[both.dtype] if prefill else 1e-4
     both.same("linear_add_pair", batch, y, xa, wa, xb, wc, format, ba, bc, eps=eps, size=size_of((xa, wa, format), (xb, wc, format)))
+    if prefill:  # rows in another order
+        batch = rows_batch(0, rows)
+        for got, want in zip(both.cuda.linear_pair(batch, xa[::-1], wa, xb[::-1], wb, format), both.cuda.linear_pair(batch, xa, wa, xb, wb, format)):
+            np.testing.assert_array_equal(got[::-1], want)
+        np.testing.assert_array_equal(both.cuda.linear_add_pair(batch, y[::-1], xa[::-1], wa, xb[::-1], wc, format)[::-1],
+                                      both.cuda.linear_add_pair(batch, y, xa, wa, xb, wc, format))
     if not prefill:
         total, pair = both.cuda.linear_add_pair(batch, y, xa, wa, xb, wc, format), both.cuda.linear_pair(batch, xa, wa, xb, wb, format)
         np.testing.assert_array_equal(both.cuda.linear_add_pair(rows_batch(1, 0), y[-1:], xa[-1:], wa, xb[-1:], wc, format), total[-1:])
