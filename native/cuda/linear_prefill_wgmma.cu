@@ -16,7 +16,7 @@ CODEFUSE_ELSEWHERE(Weights4<__nv_bfloat16, 64>)
 
 bool has_wgmma() {
   cudaFuncAttributes code;
-  return cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(prefill::Kernel(prefill::gemm<Weights16<__half>, 128>))) == cudaSuccess &&
+  return cudaFuncGetAttributes(&code, reinterpret_cast<const void*>(prefill::Kernel(prefill::gemm<Weights16<__half>, 128, 8>))) == cudaSuccess &&
          code.sharedSizeBytes >= sizeof(prefill::Barriers);
 }
 

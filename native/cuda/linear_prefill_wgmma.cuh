@@ -1,9 +1,9 @@
 // Linear layers of prefill rows on Hopper's warpgroup matrix instructions, from the same tiles as decode: the weights are the A operand,
 // from registers (a lane's 16 bytes of a tile are its A fragment), x the B operand, K-major in shared memory with the 128-byte swizzle.
 //
-// A block makes kRows outputs of TOKENS rows of x: one producer warp keeps a ring of (weights, x) chunks full by bulk copies, two
-// consumer warpgroups take 64 outputs each. The two blocks of a cluster take the halves of a row group for the same rows of x, and each
-// fetches half of x for both. The grid is persistent. Clusters that need the same weights for different rows of x are a team: they go
+// A block makes the outputs of TILES row tiles for TOKENS rows of x: one producer warp keeps a ring of (weights, x) chunks full by bulk copies, a
+// consumer warpgroup takes 4 row tiles, 64 outputs. The two blocks of a cluster take neighbouring outputs for the same rows of x, and each
+// fetches half of x for both. With few rows of x half as many tiles a block put more multiprocessors to work. The grid is persistent. Clusters that need the same weights for different rows of x are a team: they go
 // through the same tiles at the same time, so that weights come from memory once. Tiles that do not divide evenly among teams are
 // relayed: one runs the first chunks of a tile, and leaves its sums for the next, which goes on from them.
 //
@@ -14,6 +14,8 @@
 // width of an instruction (TOKENS) does not change what one of its columns is. So a row's result depends neither on the number of rows
 // nor on the tile shape.
 #pragma once
+#include <iterator>
+
 #include "cuda/prefill_tile.cuh"
 #include "cuda/prefill_work.h"
 #include "cuda/tensor_map.h"
@@ -22,26 +24,28 @@
 
 namespace codefuse::cuda::prefill {
 
-constexpr int kRows = 128;                 // outputs of a block: half a row group
-constexpr int kThreads = 384;              // a warpgroup with the producer, two of consumers
+constexpr int rows_of(int tiles) { return tiles * 16; }          // outputs of a block
+constexpr int threads_of(int tiles) { return 128 + tiles * 32; }  // a warpgroup with the producer, consumers
 constexpr int kMaxStages = 8;
 [[maybe_unused]] constexpr int kSoon = 8;   // what a tile is added to is asked for so many chunks before its last are
 
 CODEFUSE_HD constexpr int x_bytes(int tokens) { return tokens * kChunkCols * 2; }
-// Weights of a stage: 64 columns of half a row group, with 4 bits' scales and zeros.
+// Weights of a stage: 64 columns of a block's row tiles, with 4 bits' scales and zeros.
 template <class W>
-CODEFUSE_HD constexpr int w_bytes() {
-  return W::kScale == Scale::none ? kChunkBytes / 2 : W::kScale == Scale::row ? 8 * kTile8 : 8 * kTile4 + (W::kBytes - kCodes4) / 2;
+CODEFUSE_HD constexpr int w_bytes(int tiles) {
+  return tiles * (W::kScale == Scale::none ? kRowTileBytes : W::kScale == Scale::row ? kTile8 : kTile4 + (W::kBytes - kCodes4) / 16);
 }
 template <class W>
-CODEFUSE_HD constexpr int stage_bytes(int tokens) { return (w_bytes<W>() + 1023) / 1024 * 1024 + x_bytes(tokens); }
+CODEFUSE_HD constexpr int stage_bytes(int tokens, int tiles) { return (w_bytes<W>(tiles) + 1023) / 1024 * 1024 + x_bytes(tokens); }
 template <class W>
-CODEFUSE_HD constexpr int stages_for(int tokens) {
-  const int fit = (232448 - 1024 - 1024 - 2 * kStageOutBytes) / stage_bytes<W>(tokens);
+CODEFUSE_HD constexpr int stages_for(int tokens, int tiles) {
+  const int fit = (232448 - 1024 - 1024 - tiles / 4 * kStageOutBytes) / stage_bytes<W>(tokens, tiles);
   return fit < kMaxStages ? fit : kMaxStages;
 }
 template <class W>
-CODEFUSE_HD constexpr int shared_for(int tokens) { return 1024 + stages_for<W>(tokens) * stage_bytes<W>(tokens) + 2 * kStageOutBytes; }
+CODEFUSE_HD constexpr int shared_for(int tokens, int tiles) {
+  return 1024 + stages_for<W>(tokens, tiles) * stage_bytes<W>(tokens, tiles) + tiles / 4 * kStageOutBytes;
+}
 
 // As cudaFuncGetAttributes shows it: static shared memory only where there is code for Hopper.
 struct Barriers {
@@ -64,23 +68,24 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// The parts of a chunk that a stage has, 64 columns (`block`) of half a row group: part(place in the stage, in the chunk, bytes).
-template <class W, class F>
-__device__ __forceinline__ void parts_of(int block, int half, const F& part) {
+// The parts of a chunk that a stage has, 64 columns (`block`) of TILES row tiles from tile `first` on: part(place in the stage, in the chunk, bytes).
+template <class W, int TILES, class F>
+__device__ __forceinline__ void parts_of(int block, int first, const F& part) {
   if constexpr (W::kScale == Scale::none) {
-    part(0, half * (kChunkBytes / 2), kChunkBytes / 2);
+    part(0, first * kRowTileBytes, TILES * kRowTileBytes);
   } else {
     constexpr int kTile = W::kScale == Scale::row ? kTile8 : kTile4;
-    part(0, (block * 16 + half * 8) * kTile, 8 * kTile);
+    part(0, (block * 16 + first) * kTile, TILES * kTile);
     if constexpr (W::kScale == Scale::block) {
-      part(8 * kTile4, kCodes4 + half * (W::kScales / 2), W::kScales / 2);
-      part(8 * kTile4 + W::kScales / 2, kCodes4 + W::kScales + half * (W::kZeros / 2), W::kZeros / 2);
+      constexpr int kScales = W::kScales / 16, kZeros = W::kZeros / 16;  // of a row tile
+      part(TILES * kTile4, kCodes4 + first * kScales, TILES * kScales);
+      part(TILES * (kTile4 + kScales), kCodes4 + W::kScales + first * kZeros, TILES * kZeros);
     }
   }
 }
 
-// The fragments of one of a stage's 8 row tiles; those of 4 bits are scaled, which rounds them, as 16-bit weights are.
-template <class W>
+// The fragments of one of a stage's row tiles; those of 4 bits are scaled, which rounds them, as 16-bit weights are.
+template <class W, int TILES>
 __device__ __forceinline__ void load_fragments(uint4 (&a)[4], const uint8_t* stage, int tile, int block, int lane) {
   using T = typename W::Type;
   if constexpr (W::kScale == Scale::none) {
@@ -89,8 +94,9 @@ __device__ __forceinline__ void load_fragments(uint4 (&a)[4], const uint8_t* sta
     fragments<W>(a, W::tile_codes(stage + tile * kTile8, lane), {});
   } else {
     const int at = tile * 8 + lane / 4, group = block / W::kBlocks;
-    const __half2 scale = *reinterpret_cast<const __half2*>(stage + 8 * kTile4 + at * (4 * W::kGroups) + group * 4);  // of row g, of row g + 8
-    fragments<W>(a, W::tile_codes(stage + tile * kTile4, lane), W::excess(load1(stage + (8 * kTile4 + W::kScales / 2 + at * W::kGroups + group))));
+    const uint8_t* const scales = stage + TILES * kTile4;
+    const __half2 scale = *reinterpret_cast<const __half2*>(scales + at * (4 * W::kGroups) + group * 4);  // of row g, of row g + 8
+    fragments<W>(a, W::tile_codes(stage + tile * kTile4, lane), W::excess(load1(scales + (TILES * (W::kScales / 16) + at * W::kGroups + group))));
 #pragma unroll
     for (int s = 0; s < 4; ++s) {
       if constexpr (std::is_same<T, __half>::value) {
@@ -136,25 +142,24 @@ struct Args {
   int adds;
 };
 
-template <class W, int TOKENS>
-__global__ void __launch_bounds__(kThreads, 1) gemm(const __grid_constant__ Args a) {
+template <class W, int TOKENS, int TILES>
+__global__ void __launch_bounds__(threads_of(TILES), 1) gemm(const __grid_constant__ Args a) {
 #ifdef CODEFUSE_WGMMA
   using T = typename W::Type;
-  constexpr int kStages = stages_for<W>(TOKENS), kXBytes = x_bytes(TOKENS), kStageBytes = stage_bytes<W>(TOKENS);
+  constexpr int kRows = rows_of(TILES), kStages = stages_for<W>(TOKENS, TILES), kXBytes = x_bytes(TOKENS), kStageBytes = stage_bytes<W>(TOKENS, TILES);
   extern __shared__ uint8_t shared[];
   __shared__ Barriers barriers;
   uint8_t* const smem = shared + (1024 - shared_address(shared) % 1024) % 1024;  // [kStages] (x, weights), then outputs
   const int members = a.members, warpgroup = threadIdx.x / 128, rank = int(blockIdx.x % 2), member = int(blockIdx.x / 2) % members;
   const int across = (a.tokens + TOKENS * members - 1) / (TOKENS * members);  // tiles with the same weights
   const auto product_of = [&](int tile) { return int(tile >= a.first); };
-  const auto group_of = [&](int tile) { return (product_of(tile) ? tile - a.first : tile) / across; };
-  const auto half_of = [&](int tile) { return group_of(tile) * 2 + rank; };
+  const auto row_of = [&](int tile) { return ((product_of(tile) ? tile - a.first : tile) / across * 2 + rank) * kRows; };  // the block's first output
   const auto token_of = [&](int tile) { return (tile % across * members + member) * TOKENS; };  // a.first is a multiple of across
   const Work work(blockIdx.x / (2 * members), gridDim.x / (2 * members), a.tiles, a.chunks, a.scratch.partial != nullptr);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(&barriers.full[i], 1);
-      barrier_init(&barriers.empty[i], 8 * 32 + 8);  // the lanes that read weights here; the warps that read x in the peer
+      barrier_init(&barriers.empty[i], TILES * 32 + TILES);  // the lanes that read weights here; the warps that read x in the peer
     }
     barrier_init_fence();
   }
@@ -163,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const __grid_constant__ Args
   launch_dependents();
 
   if (warpgroup == 0) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if constexpr (TILES == 8) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) {
       prefetch_map(&a.x[0]);
       if (a.source[1].w) prefetch_map(&a.x[1]);
@@ -173,23 +178,24 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const __grid_constant__ Args
         uint8_t *const to = smem + stage * kStageBytes, *const weights = to + kXBytes;
         uint64_t* const full = &barriers.full[stage];
         barrier_wait(&barriers.empty[stage], parity);
-        barrier_expect(full, kXBytes + w_bytes<W>());
+        barrier_expect(full, kXBytes + w_bytes<W>(TILES));
         const bool joined = at.chunk >= a.join;
         const int source = joined | product_of(at.item.tile), c = joined ? at.chunk - a.join : at.chunk;
         const int own_chunks = (a.source[source].chunks + W::kCols / 64 - 1) / (W::kCols / 64);
-        const uint8_t* const chunk = a.source[source].w + (size_t(group_of(at.item.tile)) * own_chunks + c / (W::kCols / 64)) * W::kBytes;
-        parts_of<W>(c % (W::kCols / 64), rank, [&](int place, int from, int bytes) { bulk_copy(weights + place, chunk + from, bytes, full); });
+        const int row = row_of(at.item.tile);
+        const uint8_t* const chunk = a.source[source].w + (size_t(row / kGroupRows) * own_chunks + c / (W::kCols / 64)) * W::kBytes;
+        parts_of<W, TILES>(c % (W::kCols / 64), row % kGroupRows / 16, [&](int place, int from, int bytes) { bulk_copy(weights + place, chunk + from, bytes, full); });
         if (!waited) grid_wait();
         waited = true;
         tensor_copy_both(to + rank * (kXBytes / 2), &a.x[source], c * kChunkCols, token_of(at.item.tile) + rank * (TOKENS / 2), full);
         if (a.adds && at.item.end == a.chunks && at.chunk == max(at.item.begin, a.chunks - kSoon))
-          tensor_prefetch(&a.y, half_of(at.item.tile) * kRows, token_of(at.item.tile));
+          tensor_prefetch(&a.y, row, token_of(at.item.tile));
         if (++stage == kStages) stage = 0, parity ^= 1;
       }
     }
     grid_wait();
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    if constexpr (TILES == 8) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int group = warpgroup - 1, thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32;
     uint8_t* const staging = smem + kStages * kStageBytes + group * kStageOutBytes;
     const uint64_t b_base = wgmma_rows(shared_address(smem));
@@ -212,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const __grid_constant__ Args
       const auto make = [&](uint4(&to)[4]) {
         barrier_wait(&barriers.full[stage], parity);
         const int chunk = item.begin + c;
-        load_fragments<W>(to, smem + stage * kStageBytes + kXBytes, warp, (chunk >= a.join ? chunk - a.join : chunk) % (W::kCols / 64), lane);
+        load_fragments<W, TILES>(to, smem + stage * kStageBytes + kXBytes, warp, (chunk >= a.join ? chunk - a.join : chunk) % (W::kCols / 64), lane);
       };
       const auto release = [&](int used) {
         barrier_arrive(&barriers.empty[used]);
@@ -241,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const __grid_constant__ Args
       release(before);
       wgmma_hold(d);
       if (W::kScale == Scale::row && item.end == a.chunks) {
-        const float* scale = product.row_scale + half_of(item.tile) * kRows + warp * 16 + lane / 4;
+        const float* scale = product.row_scale + row_of(item.tile) + warp * 16 + lane / 4;
         const float sa = scale[0], sb = scale[8];
 #pragma unroll
         for (int r = 0; r < TOKENS / 2; ++r) d[r] *= r % 4 < 2 ? sa : sb;
@@ -249,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const __grid_constant__ Args
       if (item.end < a.chunks)
         leave(d, a.scratch.partial + size_t(slot) * kPrefillSlot + thread * 4, a.scratch.flag + slot * 8 + warp);
       else
-        write_tile<T, TOKENS>(d, staging, group, token_of(item.tile), a.tokens, half_of(item.tile) * kRows + group * 64, product.N, product.epilogue);
+        write_tile<T, TOKENS>(d, staging, group, token_of(item.tile), a.tokens, row_of(item.tile) + group * 64, product.N, product.epilogue);
     }
   }
   cluster_sync();  // a block's barriers are there until its peer has arrived at them
@@ -259,23 +265,23 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const __grid_constant__ Args
 using Kernel = void (*)(Args);
 
 // clusters that can be resident at a time
-template <class W, int TOKENS>
+template <class W, int TOKENS, int TILES>
 int clusters_of(const Stream& s, const cudaLaunchConfig_t& config) {
   static const int clusters = [&] {
     int n = 0;
     cudaLaunchConfig_t ask = config;
     ask.gridDim = s.sms / 2 * 2;
-    check(cudaOccupancyMaxActiveClusters(&n, Kernel(gemm<W, TOKENS>), &ask), "clusters");
+    check(cudaOccupancyMaxActiveClusters(&n, Kernel(gemm<W, TOKENS, TILES>), &ask), "clusters");
     return std::max(n, 1);
   }();
   return std::min(clusters, s.sms / 2);
 }
 
 // x: of the sources, or nullptr. Of args what depends on the tile shape is set here.
-template <class W, int TOKENS>
+template <class W, int TOKENS, int TILES>
 void run(const Stream& s, DType act, Args args, const void* const (&x)[2], int members) {
-  const Kernel kernel = gemm<W, TOKENS>;
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared_for<W>(TOKENS)), "shared memory");
+  const Kernel kernel = gemm<W, TOKENS, TILES>;
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared_for<W>(TOKENS, TILES)), "shared memory");
   cudaLaunchAttribute attribute[2]{};
   attribute[0].id = cudaLaunchAttributeClusterDimension;
   attribute[0].val.clusterDim.x = 2;
@@ -283,21 +289,22 @@ void run(const Stream& s, DType act, Args args, const void* const (&x)[2], int m
   attribute[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute[1].val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t c{};
-  c.blockDim = kThreads;
-  c.dynamicSmemBytes = shared_for<W>(TOKENS);
+  c.blockDim = threads_of(TILES);
+  c.dynamicSmemBytes = shared_for<W>(TOKENS, TILES);
   c.stream = s.stream;
   c.attrs = attribute;
   c.numAttrs = 1;
-  const int clusters = clusters_of<W, TOKENS>(s, c), rows = TOKENS * members, across = (args.tokens + rows - 1) / rows;
+  const int clusters = clusters_of<W, TOKENS, TILES>(s, c), rows = TOKENS * members, across = (args.tokens + rows - 1) / rows;
   args.members = members;
-  args.first = int(groups_of(args.product[0].N)) * across;
-  args.tiles = args.first + int(groups_of(args.product[1].N)) * across;
+  const auto tiles_of = [&](int N) { return (N + 2 * rows_of(TILES) - 1) / (2 * rows_of(TILES)) * across; };
+  args.first = tiles_of(args.product[0].N);
+  args.tiles = args.first + tiles_of(args.product[1].N);
   for (int i = 0; i < 2; ++i)
     if (x[i]) args.x[i] = rows_map(act, x[i], args.tokens, args.source[i].chunks * kChunkCols, TOKENS / 2);
   const Epilogue& e = args.product[0].epilogue;
   const int N = args.product[0].N;
   args.adds = e.store == Store::add && args.product[1].N == 0 && N % 4 == 0 && reinterpret_cast<uintptr_t>(e.y) % 16 == 0;
-  if (args.adds) args.y = map_of(CU_TENSOR_MAP_DATA_TYPE_FLOAT32, e.y, args.tokens, N, kRows, TOKENS, CU_TENSOR_MAP_SWIZZLE_NONE);
+  if (args.adds) args.y = map_of(CU_TENSOR_MAP_DATA_TYPE_FLOAT32, e.y, args.tokens, N, rows_of(TILES), TOKENS, CU_TENSOR_MAP_SWIZZLE_NONE);
   c.gridDim = std::min(args.tiles, std::max(1, clusters / members)) * members * 2;
   c.numAttrs = s.dependent ? 2 : 1;
   check(cudaLaunchKernelEx(&c, kernel, args), "launch");
@@ -305,27 +312,36 @@ void run(const Stream& s, DType act, Args args, const void* const (&x)[2], int m
 
 constexpr int kMembers = 8;  // of a team at most
 
+// A tile shape, and what a tile takes.
+struct Shape {
+  int tokens, tiles;
+  double cost;
+};
+constexpr Shape kShapes[] = {{64, 4, 0.28}, {64, 8, 0.42}, {128, 8, 0.6}, {256, 8, 1}};
+
 // The tile shape and team with the least of: tiles of the busiest team x what one takes. Reading 16-bit weights from memory once more costs
 // about a twentieth.
 template <class W>
 void choose(const Stream& s, DType act, const Args& args, const void* const (&x)[2]) {
-  const double cost[3] = {0.42, 0.6, 1}, again = 0.05 * w_bytes<W>() / (kChunkBytes / 2);
-  const int64_t groups = groups_of(args.product[0].N) + groups_of(args.product[1].N);
+  const double again = 0.05 * w_bytes<W>(8) / (kChunkBytes / 2);
   double best = 0;
   int shape = 0, members = 1;
-  for (int v = 0; v < 3; ++v) {
-    const int tiles = (args.tokens + (64 << v) - 1) / (64 << v);
+  for (int v = 0; v < int(std::size(kShapes)); ++v) {
+    const Shape& of = kShapes[v];
+    const int outputs = 2 * rows_of(of.tiles), tiles = (args.tokens + of.tokens - 1) / of.tokens;
+    const int places = (args.product[0].N + outputs - 1) / outputs + (args.product[1].N + outputs - 1) / outputs;
     for (int m = 1; m <= std::min({tiles, kMembers, s.sms / 2}); ++m) {
       const int across = (tiles + m - 1) / m;
-      const double share = double(groups) * across / (s.sms / 2 / m);
-      const double time = cost[v] * (share <= 1 ? 1 : args.scratch.partial ? share : double(int64_t(share + 0.999))) * (1 + again * (across - 1));
+      const double share = double(places) * across / (s.sms / 2 / m);
+      const double time = of.cost * (share <= 1 ? 1 : args.scratch.partial ? share : double(int64_t(share + 0.999))) * (1 + again * (across - 1));
       if (best == 0 || time < best) best = time, shape = v, members = m;
     }
   }
   switch (shape) {
-    case 0: return run<W, 64>(s, act, args, x, members);
-    case 1: return run<W, 128>(s, act, args, x, members);
-    default: return run<W, 256>(s, act, args, x, members);
+    case 0: return run<W, 64, 4>(s, act, args, x, members);
+    case 1: return run<W, 64, 8>(s, act, args, x, members);
+    case 2: return run<W, 128, 8>(s, act, args, x, members);
+    default: return run<W, 256, 8>(s, act, args, x, members);
   }
 }
 
