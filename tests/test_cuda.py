@@ -99,7 +99,7 @@ def test_linear(both, n, k, decode, prefill):
     both.same("linear_add", batch, y, x, bits, format, bias, add_bias=False, eps=eps)
 
 
-PREFILL_SHAPES = [(1, 16, 64), (63, 111, 64), (64, 256, 1000), (65, 300, 1000), (128, 1536, 64), (129, 300, 5120), (255, 111, 1000), (300, 1536, 1000), (300, 256, 5120)]
+PREFILL_SHAPES = [(1, 16, 64), (63, 111, 64), (64, 256, 1000), (65, 300, 1000), (128, 1536, 64), (129, 300, 5120), (255, 111, 1000), (300, 1536, 1000), (300, 256, 5120), (300, 9001, 640)]
 
 
 @pytest.mark.parametrize("rows,n,k", PREFILL_SHAPES)
@@ -155,7 +155,7 @@ def test_linear_pairs(both, na, ka, nb, kb, decode, prefill):
         np.testing.assert_array_equal(both.cuda.linear_add_pair(rows_batch(1, 0), y[-1:], xa[-1:], wa, xb[-1:], wb, format), total[-1:])
 
 
-@pytest.mark.parametrize("na,nb,k,ka", [(257, 300, 192, 64), (1536, 2048, 640, 320), (5000, 700, 256, 2048)])
+@pytest.mark.parametrize("na,nb,k,ka", [(257, 300, 192, 64), (1536, 2048, 640, 320), (5000, 700, 256, 2048), (9000, 8000, 192, 320)])
 def test_pairs_of_prefill_rows(both, na, nb, k, ka):
     """Several tiles and pieces of tiles; a row is the same in any number of rows. y += x_a W_a^T + x_b W_b^T: K from two matrices."""
     rng = np.random.default_rng(na)
@@ -229,7 +229,7 @@ def test_repacked_weights_are_the_weights(both, v, h):
             both.same("add_position", batch, x, bits, format, eps=1e-6)
 
 
-@pytest.mark.parametrize("hidden", [1, 7, 111, 640, 5120, 12289])
+@pytest.mark.parametrize("hidden", [1, 7, 111, 640, 1000, 5120, 12289])
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 def test_norm(both, hidden, kind):
     rng = np.random.default_rng(hidden)
@@ -242,19 +242,19 @@ def test_norm(both, hidden, kind):
     np.testing.assert_array_equal(both.cuda.norm(rows_batch(0, 1), x[9:10], w, b, kind, 1e-5), whole[9:10])
 
 
-@pytest.mark.parametrize("hidden", [111, 640, 5120, 12289])
+@pytest.mark.parametrize("hidden", [111, 640, 1000, 5120, 12289])
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 def test_norm_pairs(both, hidden, kind):
-    """From 256 rows on a block makes both outputs of several."""
+    """From 384 rows on a block makes both outputs of several."""
     rng = np.random.default_rng(hidden)
-    x, eps = (rng.standard_normal((257, hidden)) * 3 + 1).astype(np.float32), max(EPS[both.dtype], 1e-5)
+    x, eps, batch = (rng.standard_normal((387, hidden)) * 3 + 1).astype(np.float32), max(EPS[both.dtype], 1e-5), rows_batch(0, 387)
     wa, ba, wb, bb = (rng.standard_normal(hidden).astype(np.float32) for _ in range(4))
-    both.same("norm_pair", rows_batch(0, 257), x, wa, ba, wb, bb, kind, 1e-5, eps=eps)
-    both.same("norm_pair", rows_batch(0, 257), x, wa, None, None, bb, kind, 1e-5, eps=eps)
-    whole = both.cuda.norm_pair(rows_batch(0, 257), x, wa, ba, wb, bb, kind, 1e-5)
-    for got, want in zip(both.cuda.norm_pair(rows_batch(5, 7), x[245:], wa, ba, wb, bb, kind, 1e-5), whole):
-        np.testing.assert_array_equal(got, want[245:])
-    np.testing.assert_array_equal(both.cuda.norm(rows_batch(0, 257), x, wb, bb, kind, 1e-5), whole[1])
+    both.same("norm_pair", batch, x, wa, ba, wb, bb, kind, 1e-5, eps=eps)
+    both.same("norm_pair", batch, x, wa, None, wb, bb, kind, 1e-5, eps=eps)
+    whole = both.cuda.norm_pair(batch, x, wa, ba, wb, bb, kind, 1e-5)
+    for got, want in zip(both.cuda.norm_pair(rows_batch(5, 7), x[375:], wa, ba, wb, bb, kind, 1e-5), whole):
+        np.testing.assert_array_equal(got, want[375:])
+    np.testing.assert_array_equal(both.cuda.norm(batch, x, wb, bb, kind, 1e-5), whole[1])
 
 
 @pytest.mark.parametrize("n", [1, 111, 4096])

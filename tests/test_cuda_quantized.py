@@ -169,6 +169,21 @@ def test_a_scale_too_large_for_float16_is_refused(format):
         ops.read_matrix(parts, format)
 
 
+@pytest.mark.parametrize("format,k", [("q8_row", 640), ("q4_g128", 640), ("q4_g64", 704)])
+def test_a_prefill_row_is_the_same_in_tiles_of_any_shape(both, format, k):
+    """Tiles of more and fewer rows and outputs, whole and in two pieces on different multiprocessors."""
+    if both.dtype == "float32":
+        pytest.skip("one kernel for all shapes")
+    n, rng, w = 8704, np.random.default_rng(k), matrix(format, 8704, k)
+    x, y = both.round(rng.standard_normal((400, k))), rng.standard_normal((400, n)).astype(np.float32)
+    whole, added = both.cuda.linear(rows_batch(0, 400), x, w, format), both.cuda.linear_add(rows_batch(0, 400), y, x, w, format)
+    close(whole, both.cpu.linear(rows_batch(0, 400), x, w, format), EPS[both.dtype], size_of((x, w, format)))
+    for first, count in ((0, 1), (0, 64), (100, 128), (5, 200), (0, 257), (37, 320)):
+        part, batch = slice(first, first + count), rows_batch(0, count)
+        np.testing.assert_array_equal(both.cuda.linear(batch, x[part], w, format), whole[part])
+        np.testing.assert_array_equal(both.cuda.linear_add(batch, y[part], x[part], w, format), added[part])
+
+
 @pytest.mark.parametrize("format,na,ka,nb,kb", [(f, *shape) for shape in [(257, 256, 300, 128), (1536, 640, 2048, 640), (512, 4096, 700, 384)] for f in FORMATS]
                          + [("q4_g64", 257, 192, 300, 64)])
 @pytest.mark.parametrize("decode,prefill", [(1, 0), (23, 0), (64, 0), (3, 33)])

@@ -27,7 +27,7 @@ namespace codefuse::cuda::prefill {
 constexpr int rows_of(int tiles) { return tiles * 16; }          // outputs of a block
 constexpr int threads_of(int tiles) { return 128 + tiles * 32; }  // a warpgroup with the producer, consumers
 constexpr int kMaxStages = 8;
-[[maybe_unused]] constexpr int kSoon = 8;   // what a tile is added to is asked for so many chunks before its last are
+constexpr int kSoon = 8;  // what a tile is added to comes to L2 with its last chunks, a piece with each
 
 CODEFUSE_HD constexpr int x_bytes(int tokens) { return tokens * kChunkCols * 2; }
 // Weights of a stage: 64 columns of a block's row tiles, with 4 bits' scales and zeros.
@@ -138,7 +138,7 @@ struct Args {
   Product product[2];
   PrefillScratch scratch;
   CUtensorMap x[2];  // of sources
-  CUtensorMap y;     // of product 0, where it is added to: boxes of a block's outputs
+  CUtensorMap y;     // of product 0, where it is added to: boxes of a block's outputs for TOKENS / kSoon rows
   int adds;
 };
 
@@ -188,8 +188,8 @@ __global__ void __launch_bounds__(threads_of(TILES), 1) gemm(const __grid_consta
         if (!waited) grid_wait();
         waited = true;
         tensor_copy_both(to + rank * (kXBytes / 2), &a.x[source], c * kChunkCols, token_of(at.item.tile) + rank * (TOKENS / 2), full);
-        if (a.adds && at.item.end == a.chunks && at.chunk == max(at.item.begin, a.chunks - kSoon))
-          tensor_prefetch(&a.y, row, token_of(at.item.tile));
+        const int left = a.chunks - at.chunk;
+        if (a.adds && at.item.end == a.chunks && left <= kSoon) tensor_prefetch(&a.y, row, token_of(at.item.tile) + (kSoon - left) * (TOKENS / kSoon));
         if (++stage == kStages) stage = 0, parity ^= 1;
       }
     }
@@ -250,7 +250,7 @@ __global__ void __launch_bounds__(threads_of(TILES), 1) gemm(const __grid_consta
         const float* scale = product.row_scale + row_of(item.tile) + warp * 16 + lane / 4;
         const float sa = scale[0], sb = scale[8];
 #pragma unroll
-        for (int r = 0; r < TOKENS / 2; ++r) d[r] *= r % 4 < 2 ? sa : sb;
+        for (int r = 0; r < TOKENS / 2; ++r) d[r] = __fmul_rn(d[r], r % 4 < 2 ? sa : sb);  // not into what is added later: shapes agree
       }
       if (item.end < a.chunks)
         leave(d, a.scratch.partial + size_t(slot) * kPrefillSlot + thread * 4, a.scratch.flag + slot * 8 + warp);
@@ -304,7 +304,7 @@ void run(const Stream& s, DType act, Args args, const void* const (&x)[2], int m
   const Epilogue& e = args.product[0].epilogue;
   const int N = args.product[0].N;
   args.adds = e.store == Store::add && args.product[1].N == 0 && N % 4 == 0 && reinterpret_cast<uintptr_t>(e.y) % 16 == 0;
-  if (args.adds) args.y = map_of(CU_TENSOR_MAP_DATA_TYPE_FLOAT32, e.y, args.tokens, N, rows_of(TILES), TOKENS, CU_TENSOR_MAP_SWIZZLE_NONE);
+  if (args.adds) args.y = map_of(CU_TENSOR_MAP_DATA_TYPE_FLOAT32, e.y, args.tokens, N, rows_of(TILES), TOKENS / kSoon, CU_TENSOR_MAP_SWIZZLE_NONE);
   c.gridDim = std::min(args.tiles, std::max(1, clusters / members)) * members * 2;
   c.numAttrs = s.dependent ? 2 : 1;
   check(cudaLaunchKernelEx(&c, kernel, args), "launch");

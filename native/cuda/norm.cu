@@ -10,7 +10,7 @@ namespace {
 constexpr int kThreads = 512, kEach = 5;  // float4 of a row a thread has
 constexpr int kMost = kThreads * kEach * 4;
 constexpr int kWarps = kThreads / 32;
-constexpr int kManyRows = 256;  // from here on a block makes both outputs of kRowsEach rows
+constexpr int kManyRows = 384;  // from here on a block makes both outputs of kRowsEach rows
 constexpr int kRowsEach = 4;
 
 struct Outputs {  // norms of the same rows
