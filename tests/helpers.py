@@ -109,6 +109,20 @@ def prompt_logits(r: testing.Runner, tokens, chunk: int = 10**9, slot: int = 0, 
     return np.concatenate(out)
 
 
+def rows_not_sampled_change_nothing(r: testing.Runner, tokens) -> None:
+    """A decode row and two prompts: whatever rows are sampled, their logits are those of sampling all 57, bit for bit."""
+    pages = pages_of(r, seed=7)
+    r.logits(make_batch(pages, prefill=[(2, tokens[:30], 0)], logits="none"))
+    rows = dict(decode=[(2, tokens[30], 30)], prefill=[(0, tokens[:25], 0), (3, tokens[5:36], 0)])
+    every = r.logits(make_batch(pages, **rows, logits="all"))
+    for some in ("none", "last", [0], [56], [0, 40, 7, 40], list(range(56))):
+        batch = make_batch(pages, **rows, logits=some)
+        np.testing.assert_array_equal(r.logits(batch).view(np.uint32), every[batch["logit_row"]].view(np.uint32))
+    after = r.logits(make_batch(pages, decode=[(3, tokens[36], 31)]))
+    r.logits(make_batch(pages, prefill=rows["prefill"], logits="none"))  # no row goes on
+    np.testing.assert_array_equal(r.logits(make_batch(pages, decode=[(3, tokens[36], 31)])), after)
+
+
 def words_of(tokens, vocab: int) -> list[int]:
     """The mask that allows these tokens."""
     bits = np.zeros(-(-vocab // 32) * 32, np.uint8)

@@ -13,7 +13,7 @@ CUDA = any(name.startswith("cuda") for name in devices()[0])
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason=f"no CUDA device: {devices()[1]}")]
 
 torch = pytest.importorskip("torch")
-from helpers import Pages, as_format, make_batch, make_neox, pages_of, runner  # noqa: E402
+from helpers import Pages, as_format, make_batch, make_neox, pages_of, rows_not_sampled_change_nothing, runner  # noqa: E402
 
 DTYPES = ("float32", "float16", "bfloat16")
 FORMAT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
@@ -311,6 +311,7 @@ def test_model(tmp_path, fields):
         batch = make_batch(pages, prefill=[(2, tokens[50:64], 50)], logits="all", copies=[(table[1], new[1], 18)])
         batch["table"] = table[:1] + new[1:]
         np.testing.assert_array_equal(r.logits(batch), whole[50:])
+        rows_not_sampled_change_nothing(r, tokens)
         together = greedy(r, prompts, 40, True)  # 4 rows: recorded and replayed
         assert together == greedy(r, prompts, 40, False)
         assert together == greedy(r, prompts, 40, True, chunk=16)

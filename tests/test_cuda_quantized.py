@@ -10,7 +10,7 @@ from codefuse_triton._native import LoadError, testing
 from test_cuda import DTYPES, EPS, Both, close, greedy, rows_batch
 from test_quantize import GROUPS, QUIET, SIZES, pack, tool
 
-from helpers import make_batch, make_neox, pages_of, runner
+from helpers import make_batch, make_neox, pages_of, rows_not_sampled_change_nothing, runner
 
 pytestmark = test_cuda.pytestmark
 
@@ -153,6 +153,7 @@ def test_model(tmp_path, format, fields):
         pages = pages_of(r, 5)
         parts = [r.logits(make_batch(pages, prefill=[(1, tokens[i:min(i + 7, 64)], i)], logits="all")) for i in range(0, 64, 7)]
         np.testing.assert_array_equal(np.concatenate(parts), whole)
+        rows_not_sampled_change_nothing(r, tokens)
         together = greedy(r, prompts, 40, True)
         assert together == greedy(r, prompts, 40, False)
         if dtype == "float32":

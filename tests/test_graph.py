@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from safetensors.numpy import save_file  # noqa: E402
 
-from helpers import make_batch, pages_of, prompt_logits, runner  # noqa: E402
+from helpers import make_batch, pages_of, prompt_logits, rows_not_sampled_change_nothing, runner  # noqa: E402
 from test_model import TOLERANCE, close, reference  # noqa: E402
 from test_ops import same_bits  # noqa: E402
 
@@ -126,6 +126,7 @@ def test_chunks_and_decode_rows_do_not_matter(architecture):
     rows = [r.logits(make_batch(pages, prefill=[(1, TOKENS[:50], 0)]))]
     rows += [r.logits(make_batch(pages, decode=[(1, t, 50 + i)])) for i, t in enumerate(TOKENS[50:])]
     same_bits(np.concatenate(rows), whole[49:])
+    rows_not_sampled_change_nothing(r, TOKENS)
 
 
 def test_tensor_parallel(architecture):
@@ -135,5 +136,6 @@ def test_tensor_parallel(architecture):
         with pytest.raises(ValueError, match="tensor_parallel is 2, but the model's kv_heads, 1, is not divisible by it"):
             runner(native, tensor_parallel=2)
         return
-    got, want = prompt_logits(runner(native, tensor_parallel=2, threads=2), TOKENS), prompt_logits(runner(native), TOKENS)
-    assert np.abs(got - want).max() <= TOLERANCE
+    two = runner(native, tensor_parallel=2, threads=2)
+    assert np.abs(prompt_logits(two, TOKENS) - prompt_logits(runner(native), TOKENS)).max() <= TOLERANCE
+    rows_not_sampled_change_nothing(two, TOKENS)

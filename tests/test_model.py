@@ -9,7 +9,7 @@ import pytest
 from codefuse_triton._native import testing
 
 torch = pytest.importorskip("torch")
-from helpers import make_batch, make_neox, pages_of, prompt_logits, runner  # noqa: E402
+from helpers import make_batch, make_neox, pages_of, prompt_logits, rows_not_sampled_change_nothing, runner  # noqa: E402
 from test_ops import same_bits  # noqa: E402
 
 TOKENS = np.random.default_rng(0).integers(0, 131, 75)
@@ -43,6 +43,7 @@ def test_logits_for_every_flag(tmp_path, dtype, parallel, act, pct, tied, bias):
                               tie_word_embeddings=tied, attention_bias=bias)
     r = runner(native)
     close(prompt_logits(r, TOKENS), reference(model, TOKENS))
+    rows_not_sampled_change_nothing(r, TOKENS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -23,7 +23,7 @@ void rotate(float* head, const float* cos, const float* sin, int pairs) {
 void CpuOps::rope_store(void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) {
   const int64_t d = c.head_dim, row_size = (heads + 2 * kv_heads) * d, page_size = kv_heads * kPageTokens * d;
   const int pairs = c.position == PositionKind::rope ? c.rope_dim / 2 : 0;
-  const int rows = batch_->rows();
+  const int rows = rows_;
   const int64_t group = rows < 8 ? rows : 8;
   pool_.each((rows + group - 1) / group, [&](int64_t i, int) {
     for (int64_t t = i * group; t < std::min<int64_t>(rows, (i + 1) * group); ++t) {
@@ -44,7 +44,7 @@ void CpuOps::rope_store(void* qkv, const KvLayer& kv, const ModelConfig& c, int 
 void CpuOps::attention(void* out, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) {
   const int64_t d = c.head_dim, row_size = (heads + 2 * kv_heads) * d;
   const float scale = 1.f / std::sqrt(float(d));
-  pool_.each(int64_t(batch_->rows()) * heads, [&](int64_t i, int thread) {
+  pool_.each(int64_t(rows_) * heads, [&](int64_t i, int thread) {
     const int64_t t = i / heads, h = i % heads, kv_head = h / (heads / kv_heads);
     AttendArgs a;
     a.q = static_cast<const float*>(qkv) + t * row_size + h * d;
@@ -57,7 +57,7 @@ void CpuOps::attention(void* out, const void* qkv, const KvLayer& kv, const Mode
     a.last = batch_->position[t];
     a.first = c.window > 0 ? std::max(0, a.last - c.window + 1) : 0;
     a.scale = scale;
-    a.fetch = batch_->rows() <= kDecodeRows;
+    a.fetch = rows_ <= kDecodeRows;
     kernels_.attend(a, scratch(thread, size_t(a.last - a.first + 1)));
   });
 }

@@ -103,6 +103,8 @@ void CpuOps::step(const Batch& batch, int ticket, const std::function<void()>& b
   check_batch(batch, limits_, vocab_);
   batch_ = &batch;
   ticket_ = ticket;
+  rows_ = batch.rows();
+  logit_row_ = batch.logit_row;
   sampled_[ticket] = {};
   for (size_t i = 0; i < batch.table_slot.size(); ++i) table_of_[size_t(batch.table_slot[i])] = int(i);
   token_.resize(size_t(batch.rows()));

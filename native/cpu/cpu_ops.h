@@ -31,20 +31,22 @@ class CpuOps final : public Ops {
   void plan(const ModelConfig& config, const Limits& limits, bool replay) override;
 
   void step(const Batch& batch, int ticket, const std::function<void()>& body) override;
-  int rows() const override { return batch_->rows(); }
+  int rows() const override { return rows_; }
   int samples() const override { return batch_->samples(); }
   Sampled collect(int ticket) override;
 
   void embed(float* x, const Matrix& table) override;
   void add_position(float* x, const Matrix& table) override;
   void norm(void* y, const float* x, const Norm& n, NormKind kind, float eps, int hidden) override;
-  void linear(void* y, const void* x, const Linear& w, const Activation* act_fn) override;
+  void linear(void* y, const void* x, const Linear& w, const Activation* act_fn, Rows rows) override;
   void linear_add(float* y, const void* x, const Linear& w, bool add_bias) override;
   void gate(void* y, const void* gate, const void* up, Activation act_fn, int n) override;
   void copy_pages(const std::vector<KvLayer>& layers, const ModelConfig& c, int kv_heads) override;
   void rope_store(void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) override;
   void attention(void* out, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) override;
   void take_columns(void* y, const void* x, const int32_t* order, int64_t k) override;
+  bool keep_sampled() override;
+  void take_kept(void* y, const void* x, size_t bytes) override;
   void gather_logit_rows(float* y, const float* x, int hidden) override;
   void norm_logit_rows(void* y, const float* x, const Norm& n, NormKind kind, float eps, int hidden) override;
   void logits(float* y, const void* x, const Linear& head) override;
@@ -72,6 +74,8 @@ class CpuOps final : public Ops {
   RopeTable rope_;
 
   const Batch* batch_ = nullptr;           // of the current step
+  int rows_ = 0;
+  std::vector<int32_t> logit_row_, kept_;  // [samples]; [rows_], from keep_sampled() on
   std::vector<int32_t> token_;             // [rows] kLastToken resolved
   std::vector<const int32_t*> row_pages_;  // [rows] each row's page table
   std::vector<int> table_of_;              // [slots]

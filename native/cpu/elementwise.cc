@@ -11,12 +11,12 @@ constexpr int64_t kWorthThreads = 16384;  // elements below which waking a threa
 }
 
 void CpuOps::embed(float* x, const Matrix& table) {
-  for (int t = 0; t < batch_->rows(); ++t) decode_row(table.host, token_[t], x + int64_t(t) * table.cols);
+  for (int t = 0; t < rows_; ++t) decode_row(table.host, token_[t], x + int64_t(t) * table.cols);
 }
 
 void CpuOps::add_position(float* x, const Matrix& table) {
   float* row = scratch(0, size_t(table.cols));
-  for (int t = 0; t < batch_->rows(); ++t) {
+  for (int t = 0; t < rows_; ++t) {
     decode_row(table.host, batch_->position[t], row);
     for (int64_t i = 0; i < table.cols; ++i) x[t * table.cols + i] += row[i];
   }
@@ -31,7 +31,7 @@ void CpuOps::norm_rows(float* y, const float* x, const Norm& n, NormKind kind, f
 }
 
 void CpuOps::norm(void* y, const float* x, const Norm& n, NormKind kind, float eps, int hidden) {
-  norm_rows(static_cast<float*>(y), x, n, kind, eps, hidden, batch_->rows());
+  norm_rows(static_cast<float*>(y), x, n, kind, eps, hidden, rows_);
 }
 
 void CpuOps::norm_logit_rows(void* y, const float* x, const Norm& n, NormKind kind, float eps, int hidden) {
@@ -39,15 +39,28 @@ void CpuOps::norm_logit_rows(void* y, const float* x, const Norm& n, NormKind ki
 }
 
 void CpuOps::gate(void* y, const void* gate, const void* up, Activation act_fn, int n) {
-  pool_.each(batch_->rows(), [&](int64_t t, int) {
+  pool_.each(rows_, [&](int64_t t, int) {
     kernels_.gate(static_cast<float*>(y) + t * n, static_cast<const float*>(gate) + t * n, static_cast<const float*>(up) + t * n, n,
                   act_fn);
   });
 }
 
+bool CpuOps::keep_sampled() {
+  const KeptRows kept = kept_rows(*batch_);
+  if (int(kept.from.size()) == rows_) return false;
+  kept_ = kept.from;
+  logit_row_ = kept.logit_row;
+  rows_ = int(kept_.size());
+  return true;
+}
+
+void CpuOps::take_kept(void* y, const void* x, size_t bytes) {
+  for (size_t t = 0; t < kept_.size(); ++t) std::memcpy(static_cast<char*>(y) + t * bytes, static_cast<const char*>(x) + size_t(kept_[t]) * bytes, bytes);
+}
+
 void CpuOps::gather_logit_rows(float* y, const float* x, int hidden) {
   for (int s = 0; s < batch_->samples(); ++s)
-    std::memcpy(y + int64_t(s) * hidden, x + int64_t(batch_->logit_row[s]) * hidden, size_t(hidden) * sizeof(float));
+    std::memcpy(y + int64_t(s) * hidden, x + int64_t(logit_row_[size_t(s)]) * hidden, size_t(hidden) * sizeof(float));
 }
 
 void CpuOps::sample(const float* logits, int vocab) {

@@ -13,19 +13,21 @@ void CpuOps::matmul(const MatmulArgs& a) {
   pool_.each((n + piece - 1) / piece, [&](int64_t i, int) { kernels_.matmul(a, i * piece, std::min(n, (i + 1) * piece)); });
 }
 
-void CpuOps::linear(void* y, const void* x, const Linear& w, const Activation* act_fn) {
+void CpuOps::linear(void* y, const void* x, const Linear& w, const Activation* act_fn, Rows rows) {
+  const int64_t first = rows == Rows::prefill ? batch_->decode_rows : 0, end = rows == Rows::decode ? batch_->decode_rows : rows_;
+  if (first == end) return;
   MatmulArgs a;
   a.w = w.weight.host;
   a.bias = w.bias;
-  a.x = static_cast<const float*>(x);
-  a.tokens = batch_->rows();
-  a.y = static_cast<float*>(y);
+  a.x = static_cast<const float*>(x) + first * w.weight.cols;
+  a.tokens = int(end - first);
+  a.y = static_cast<float*>(y) + first * w.weight.rows;
   a.act = act_fn;
   matmul(a);
 }
 
 void CpuOps::take_columns(void* y, const void* x, const int32_t* order, int64_t k) {
-  for (int64_t t = 0; t < batch_->rows(); ++t)
+  for (int64_t t = 0; t < rows_; ++t)
     for (int64_t i = 0; i < k; ++i) static_cast<float*>(y)[t * k + i] = static_cast<const float*>(x)[t * k + order[i]];
 }
 
@@ -34,7 +36,7 @@ void CpuOps::linear_add(float* y, const void* x, const Linear& w, bool add_bias)
   a.w = w.weight.host;
   a.bias = add_bias ? w.bias : nullptr;
   a.x = static_cast<const float*>(x);
-  a.tokens = batch_->rows();
+  a.tokens = rows_;
   a.y = y;
   a.accumulate = true;
   matmul(a);

@@ -39,11 +39,11 @@ class CudaOps final : public Ops {
   void embed(float* x, const Matrix& table) override;
   void add_position(float* x, const Matrix& table) override;
   void norm(void* y, const float* x, const Norm& n, NormKind kind, float eps, int hidden) override;
-  void linear(void* y, const void* x, const Linear& w, const Activation* act_fn) override;
+  void linear(void* y, const void* x, const Linear& w, const Activation* act_fn, Rows rows) override;
   void linear_add(float* y, const void* x, const Linear& w, bool add_bias) override;
   void norm_pair(void* ya, const Norm& na, void* yb, const Norm& nb, const float* x, NormKind kind, float eps, int hidden) override;
   void linear_pair(void* ya, const void* xa, const Linear& wa, const Activation* fn_a, void* yb, const void* xb, const Linear& wb,
-                   const Activation* fn_b) override;
+                   const Activation* fn_b, Rows rows_b) override;
   void linear_add_pair(float* y, const void* xa, const Linear& wa, const void* xb, const Linear& wb, bool add_bias) override;
   void gate(void* y, const void* gate, const void* up, Activation act_fn, int n) override;
   void copy_pages(const std::vector<KvLayer>& layers, const ModelConfig& c, int kv_heads) override;
@@ -51,6 +51,8 @@ class CudaOps final : public Ops {
   void attention(void* out, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) override;
   void rope_attention(void* out, void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) override;
   void take_columns(void* y, const void* x, const int32_t* order, int64_t k) override;
+  bool keep_sampled() override;
+  void take_kept(void* y, const void* x, size_t bytes) override;
   void gather_logit_rows(float* y, const float* x, int hidden) override;
   void norm_logit_rows(void* y, const float* x, const Norm& n, NormKind kind, float eps, int hidden) override;
   void logits(float* y, const void* x, const Linear& head) override;
@@ -91,7 +93,7 @@ class CudaOps final : public Ops {
   bool streams(const void* x, const Linear& w) const;
   LinearInput prefill_input(const void* x, const Linear& w) const;
   AttentionShape shape(const ModelConfig& c, int heads, int kv_heads) const;
-  void prefill_attention(void* out, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads);
+  void prefill_attention(void* out, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads, bool rotate = false);
 
   static constexpr int kReadyStride = 32;  // int32 from one counter to the next: a cache line each
 
@@ -132,6 +134,8 @@ class CudaOps final : public Ops {
   size_t expanded_bytes_ = 0;
 
   int rows_ = 0, decode_rows_ = 0, samples_ = 0, tiles_ = 0, copies_ = 0;  // the current step
+  KeptRows kept_;
+  bool sampled_only_ = false;  // keep_sampled() left them
   int64_t prefill_keys_ = 0;  // PrefillRows::keys
   SamplingPasses passes_;
   struct Recording {

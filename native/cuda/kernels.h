@@ -32,6 +32,7 @@ struct StepMeta {
   const int32_t* table = nullptr;     // [n, max_pages]
   int32_t* last_token = nullptr;      // [slots]
   const int32_t* logit_row = nullptr;       // [S]
+  const int32_t *kept = nullptr, *kept_logit_row = nullptr;  // KeptRows, in a step with prefill rows
   const SampleParams* sample = nullptr;     // [S]
   const int32_t* edit_begin = nullptr;      // [S + 1]; this and the next three only in a step with edits or masks
   const int32_t* mask_of = nullptr;         // [S]
@@ -123,7 +124,8 @@ void to_float32(const Stream& s, Format format, const void* src, int64_t n, floa
 void embed(const Stream& s, DType act, float* x, const void* table, const StepMeta& m, int T, int hidden, int vocab);
 void add_position(const Stream& s, DType act, float* x, const void* table, const StepMeta& m, int T, int hidden);
 void take_columns(const Stream& s, DType act, void* y, const void* x, const int32_t* order, int T, int64_t k);
-void gather_rows(const Stream& s, float* y, const float* x, const int32_t* row, int S, int hidden);
+// y[t] = x[row[t]], of so many bytes each, a multiple of 2
+void gather_rows(const Stream& s, void* y, const void* x, const int32_t* row, int T, size_t bytes);
 void norm(const Stream& s, DType act, void* y, const float* x, const Norm& n, NormKind kind, float eps, int T, int hidden);
 // two norms of the same x; each equals norm() bit for bit
 void norm_pair(const Stream& s, DType act, void* ya, const Norm& a, void* yb, const Norm& b, const float* x, NormKind kind, float eps, int T, int hidden);
@@ -134,8 +136,8 @@ void copy_pages(const Stream& s, DType act, const std::vector<KvLayer>& layers, 
 struct AttentionShape {
   int heads, kv_heads, head_dim, rope_dim, window;
 };
-// angles [max_len, rope_dim / 2] (cos, sin)
-void rope_store(const Stream& s, DType act, void* qkv, const KvLayer& kv, const float2* angles, const StepMeta& m, int T, const AttentionShape& a);
+// angles [max_len, rope_dim / 2] (cos, sin). keys_only: qkv stays as it is, Q is rotated where it is read.
+void rope_store(const Stream& s, DType act, void* qkv, const KvLayer& kv, const float2* angles, const StepMeta& m, int T, const AttentionShape& a, bool keys_only = false);
 
 struct AttentionScratch {
   float* partial = nullptr;    // [rows, heads, splits, head_dim + 2]
@@ -159,7 +161,9 @@ struct PrefillRows {
   int rows = 0;      // of qkv, decode rows too
   int pages = 0;     // of the pool
   int64_t keys = 0;  // positions of the tiles' sequences up to their last rows, in all
+  const float2* angles = nullptr;  // of rope_store, which was for keys only, if attention_rotates()
 };
+bool attention_rotates(const Stream& s, DType act, const AttentionShape& a);
 // Tiles of prefill rows on the tensor cores; 16-bit act, head_dim <= 128.
 void attention_tiles(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, const PrefillRows& r, const AttentionShape& a);
 // Where there is wgmma; head_dim 64 or 128.

@@ -99,7 +99,8 @@ LinearInput CudaOps::prefill_input(const void* x, const Linear& w) const {
   return in;
 }
 
-void CudaOps::linear_pair(void* ya, const void* xa, const Linear& wa, const Activation* fn_a, void* yb, const void* xb, const Linear& wb, const Activation* fn_b) {
+void CudaOps::linear_pair(void* ya, const void* xa, const Linear& wa, const Activation* fn_a, void* yb, const void* xb, const Linear& wb, const Activation* fn_b,
+                          Rows rows_b) {
   const Epilogue ea{Store::act, fn_a ? int(*fn_a) : -1, wa.bias, ya}, eb{Store::act, fn_b ? int(*fn_b) : -1, wb.bias, yb};
   int first = 0;
   if (streams(xa, wa) && streams(xb, wb) && same_chunks(wa, wb)) {
@@ -116,7 +117,7 @@ void CudaOps::linear_pair(void* ya, const void* xa, const Linear& wa, const Acti
     first = decode_rows_;
   }
   int last = rows_;  // of the rows one product at a time
-  if (rows_ > decode_rows_ && s_.wgmma && whole(xa, wa) && whole(xb, wb) && same_chunks(wa, wb) && wa.weight.cols == wb.weight.cols) {
+  if (rows_b == Rows::all && rows_ > decode_rows_ && s_.wgmma && whole(xa, wa) && whole(xb, wb) && same_chunks(wa, wb) && wa.weight.cols == wb.weight.cols) {
     const LinearInput ia = prefill_input(xa, wa), ib = prefill_input(xb, wb);
     const int Na = int(wa.weight.rows), Nb = int(wb.weight.rows);
     const LinearOutput oa{Na, from_row(ea, decode_rows_, Na, act_)}, ob{Nb, from_row(eb, decode_rows_, Nb, act_)};
@@ -124,7 +125,7 @@ void CudaOps::linear_pair(void* ya, const void* xa, const Linear& wa, const Acti
     last = decode_rows_;
   }
   linear_rows(xa, wa, ea, first, decode_rows_, last);
-  linear_rows(xb, wb, eb, first, decode_rows_, last);
+  linear_rows(xb, wb, eb, first, decode_rows_, rows_b == Rows::all ? last : decode_rows_);
 }
 
 void CudaOps::linear_add_pair(float* y, const void* xa, const Linear& wa, const void* xb, const Linear& wb, bool add_bias) {
@@ -157,8 +158,9 @@ void CudaOps::norm(void* y, const float* x, const Norm& n, NormKind kind, float 
   cuda::norm(s_, act_, y, x, n, kind, eps, rows_, hidden);
 }
 
-void CudaOps::linear(void* y, const void* x, const Linear& w, const Activation* act_fn) {
-  linear_rows(x, w, Epilogue{Store::act, act_fn ? int(*act_fn) : -1, w.bias, y}, 0, decode_rows_, rows_);
+void CudaOps::linear(void* y, const void* x, const Linear& w, const Activation* act_fn, Rows rows) {
+  linear_rows(x, w, Epilogue{Store::act, act_fn ? int(*act_fn) : -1, w.bias, y}, rows == Rows::prefill ? decode_rows_ : 0, decode_rows_,
+              rows == Rows::decode ? decode_rows_ : rows_);
 }
 
 void CudaOps::linear_add(float* y, const void* x, const Linear& w, bool add_bias) {
@@ -188,30 +190,44 @@ void CudaOps::attention(void* out, const void* qkv, const KvLayer& kv, const Mod
 
 void CudaOps::rope_attention(void* out, void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) {
   const AttentionShape a = shape(c, heads, kv_heads);
-  if (!decode_rows_ || !own_sequences_ || !rope_attention_fits(act_, a)) return Ops::rope_attention(out, qkv, kv, c, heads, kv_heads);
-  Ready ready;
-  if (ready_of_ == qkv) std::swap(ready, ready_);
-  rope_attention_rows(s_, act_, out, qkv, kv, angles_, meta_, decode_rows_, a, attention_, ready);
+  const bool rotates = rows_ > decode_rows_ && attention_rotates(s_, act_, a);
+  if (decode_rows_ ? !own_sequences_ || !rope_attention_fits(act_, a) : !rotates) return Ops::rope_attention(out, qkv, kv, c, heads, kv_heads);
+  if (decode_rows_) {
+    Ready ready;
+    if (ready_of_ == qkv) std::swap(ready, ready_);
+    rope_attention_rows(s_, act_, out, qkv, kv, angles_, meta_, decode_rows_, a, attention_, ready);
+  }
   if (rows_ == decode_rows_) return;
   StepMeta rest = meta_;
   rest.slot += decode_rows_, rest.position += decode_rows_, rest.sequence += decode_rows_;
-  cuda::rope_store(s_, act_, static_cast<char*>(qkv) + int64_t(decode_rows_) * (heads + 2 * kv_heads) * c.head_dim * 2, kv, angles_, rest, rows_ - decode_rows_, a);
-  prefill_attention(out, qkv, kv, c, heads, kv_heads);
+  cuda::rope_store(s_, act_, static_cast<char*>(qkv) + int64_t(decode_rows_) * (heads + 2 * kv_heads) * c.head_dim * 2, kv, angles_, rest, rows_ - decode_rows_, a, rotates);
+  prefill_attention(out, qkv, kv, c, heads, kv_heads, rotates);
 }
 
-void CudaOps::prefill_attention(void* out, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads) {
+void CudaOps::prefill_attention(void* out, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads, bool rotate) {
   const AttentionShape a = shape(c, heads, kv_heads);
   if (rows_ == decode_rows_) return;
   if (act_ == DType::f32 || c.head_dim > 128)
     attention_rows(s_, act_, out, qkv, kv, meta_, decode_rows_, rows_ - decode_rows_, a, attention_);
   else
-    attention_tiles(s_, act_, out, qkv, kv, meta_, {tiles_, rows_, limits_.pages, prefill_keys_}, a);
+    attention_tiles(s_, act_, out, qkv, kv, meta_, {tiles_, rows_, limits_.pages, prefill_keys_, rotate ? angles_ : nullptr}, a);
 }
 
 void CudaOps::take_columns(void* y, const void* x, const int32_t* order, int64_t k) { cuda::take_columns(s_, act_, y, x, order, rows_, k); }
 
+bool CudaOps::keep_sampled() {
+  if (decode_rows_ == rows_ || int(kept_.from.size()) == rows_) return false;  // with rows that pad the step, of decode rows alone
+  rows_ = int(kept_.from.size());
+  sampled_only_ = true;
+  return true;
+}
+
+void CudaOps::take_kept(void* y, const void* x, size_t bytes) {
+  if (rows_) gather_rows(s_, y, x, meta_.kept, rows_, bytes);
+}
+
 void CudaOps::gather_logit_rows(float* y, const float* x, int hidden) {
-  if (samples_) gather_rows(s_, y, x, meta_.logit_row, samples_, hidden);
+  if (samples_) gather_rows(s_, y, x, sampled_only_ ? meta_.kept_logit_row : meta_.logit_row, samples_, size_t(hidden) * sizeof(float));
 }
 
 void CudaOps::norm_logit_rows(void* y, const float* x, const Norm& n, NormKind kind, float eps, int hidden) {

@@ -30,6 +30,8 @@ size_t CudaOps::lay_out(int rows, size_t table_words, size_t tiles) {
   place(meta_.copies, kDecodeRows);
   place(meta_.table, table_words);
   place(meta_.tiles, tiles);
+  place(meta_.kept, tiles ? 2 * kDecodeRows : 0);
+  place(meta_.kept_logit_row, tiles ? kDecodeRows : 0);
   return end;
 }
 

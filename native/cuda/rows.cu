@@ -33,11 +33,17 @@ __global__ void add_position_rows(float* __restrict__ x, const T* __restrict__ t
   for (int i = threadIdx.x; i < hidden; i += blockDim.x) x[int64_t(t) * hidden + i] += weight_at(table, m.position[t], i, hidden);
 }
 
-__global__ void gather(float* __restrict__ y, const float* __restrict__ x, const int32_t* __restrict__ row, int hidden) {
+template <class U>
+__global__ void gather(U* __restrict__ y, const U* __restrict__ x, const int32_t* __restrict__ row, int units) {
   launch_dependents();
   grid_wait();
-  const int64_t from = int64_t(row[blockIdx.x]) * hidden, to = int64_t(blockIdx.x) * hidden;
-  for (int i = threadIdx.x; i < hidden; i += blockDim.x) y[to + i] = load_fresh(x + from + i);
+  const int64_t from = int64_t(row[blockIdx.x]) * units, to = int64_t(blockIdx.x) * units;
+  for (int i = threadIdx.x; i < units; i += blockDim.x) y[to + i] = load_fresh(x + from + i);
+}
+
+template <class U>
+void run_gather(const Stream& s, void* y, const void* x, const int32_t* row, int T, size_t bytes) {
+  launch(s, gather<U>, T, 256, 0, static_cast<U*>(y), static_cast<const U*>(x), row, int(bytes / sizeof(U)));
 }
 
 template <class T>
@@ -79,6 +85,8 @@ void add_position(const Stream& s, DType act, float* x, const void* table, const
 void take_columns(const Stream& s, DType act, void* y, const void* x, const int32_t* order, int T, int64_t k) {
   act == DType::f32 ? run_take<float>(s, y, x, order, T, k) : run_take<uint16_t>(s, y, x, order, T, k);
 }
-void gather_rows(const Stream& s, float* y, const float* x, const int32_t* row, int S, int hidden) { launch(s, gather, S, 256, 0, y, x, row, hidden); }
+void gather_rows(const Stream& s, void* y, const void* x, const int32_t* row, int T, size_t bytes) {
+  bytes % 16 == 0 ? run_gather<uint4>(s, y, x, row, T, bytes) : run_gather<uint16_t>(s, y, x, row, T, bytes);
+}
 
 }  // namespace codefuse::cuda

@@ -73,6 +73,10 @@ void CudaOps::fill_meta(const Batch& b, int padded, int ticket, bool replayed) {
   for (int i = 0; i < b.samples(); ++i) logit_row[i] = b.logit_row[i], sample[i] = b.sample[i];
   if (padded > b.rows())
     for (int i = b.samples(); i < padded; ++i) logit_row[i] = i, sample[i] = SampleParams{};
+  if (tiles_) {
+    if (kept_.from.size() < size_t(b.rows())) std::copy(kept_.from.begin(), kept_.from.end(), reinterpret_cast<int32_t*>(host(meta_.kept)));
+    std::copy(kept_.logit_row.begin(), kept_.logit_row.end(), reinterpret_cast<int32_t*>(host(meta_.kept_logit_row)));
+  }
   std::memcpy(host(meta_.table), b.table.data(), b.table.size() * 4);
   prefill_keys_ = 0;
   auto* tile = reinterpret_cast<int4*>(host(meta_.tiles));
@@ -116,6 +120,8 @@ void CudaOps::begin(const Batch& batch) {
   rows_ = batch.rows();
   decode_rows_ = batch.decode_rows;
   samples_ = batch.samples();
+  kept_ = kept_rows(batch);
+  sampled_only_ = false;
   copies_ = int(batch.copies.size());
   passes_ = {};
   passes_.edited = !batch.edits.empty() || !batch.masks.empty();

@@ -42,9 +42,12 @@ class Model {
 
  private:
   const void* input(const Linear& w, const void* x, int buffer = 0);  // x [T, K], in w's order
-  void attention_block(Layer& layer, const void* normed);
+  void attention_block(Layer& layer);
   void mlp_block(Layer& layer, const void* normed);
   void parallel_layer(Layer& layer);
+  void separate_layer(Layer& layer);
+  bool is_last(const Layer& layer) const { return &layer == &weights_.layers.back(); }
+  void keep_sampled(const Layer& layer, const void** normed = nullptr);
   template <class F>
   void add_to_residual(const F& parts);
 
@@ -54,7 +57,9 @@ class Model {
   Comm& comm_;
   const int heads_, kv_heads_, intermediate_;  // this rank's
   float *x_, *partial_ = nullptr;              // [T, H]: the residual stream; this rank's part of a sum, zero in between
+  float *all_x_, *kept_x_;                     // x_ of all rows, and after keep_sampled()
   void *normed_, *normed2_ = nullptr, *qkv_, *attended_, *up_, *gated_ = nullptr;
+  void *all_attended_, *kept_attended_, *kept_normed_;  // likewise
   void* ordered_[2] = {};                      // [T, the most columns] where a linear layer has an order
   std::vector<KvLayer> kv_;                    // [layers]
   float *last_, *local_logits_, *logits_;      // [S, H], [S, V share], [S, V]

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <numeric>
 
 #include "core/check.h"
 
@@ -76,6 +77,20 @@ void check_masks(const Batch& b, int vocab) {
 }
 
 }  // namespace
+
+KeptRows kept_rows(const Batch& b) {
+  KeptRows kept;
+  kept.from.resize(size_t(b.decode_rows));
+  std::iota(kept.from.begin(), kept.from.end(), 0);
+  for (const int32_t row : b.logit_row) {
+    kept.logit_row.push_back(row < b.decode_rows ? row : int32_t(kept.from.size()));
+    if (row >= b.decode_rows) kept.from.push_back(row);
+  }
+  if (int(kept.from.size()) < b.rows()) return kept;
+  kept.from.resize(size_t(b.rows()));
+  std::iota(kept.from.begin(), kept.from.end(), 0);
+  return {kept.from, b.logit_row};
+}
 
 void check_batch(const Batch& b, const Limits& limits, int vocab) {
   const int rows = b.rows(), samples = b.samples();

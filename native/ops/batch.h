@@ -76,6 +76,13 @@ struct Batch {
   int samples() const { return int(logit_row.size()); }
 };
 
+// Which rows are there after Ops::keep_sampled(): from[t] is what row t was, all of the batch's if that is no more; and where samples are.
+struct KeptRows {
+  std::vector<int32_t> from;       // at most 2 kDecodeRows, if fewer than the batch has
+  std::vector<int32_t> logit_row;  // [samples]
+};
+KeptRows kept_rows(const Batch& batch);
+
 // Result of one step, read one step behind.
 struct Sampled {
   std::vector<int32_t> token;  // [samples]

@@ -1,6 +1,6 @@
 // The device seam: what model/ asks of a device. native/cpu is the specification, native/cuda must agree with it.
 // `act` is the compute dtype (activations and KV cache); the residual stream, norms' arithmetic and logits are float32.
-// Pointers are device memory of this Ops. T = rows of the current batch. Calls are ordered; none of those inside a step allocates.
+// Pointers are device memory of this Ops. T = rows of the current batch, from keep_sampled() on those that it keeps. Calls are ordered; none of those inside a step allocates.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -39,6 +39,9 @@ struct KvLayer {
   void* k = nullptr;
   void* v = nullptr;
 };
+
+// Of a step, those that an op is for.
+enum class Rows { all, decode, prefill };
 
 class Ops {
  public:
@@ -80,8 +83,8 @@ class Ops {
   // learned positions: x[t] += table[position[t]]
   virtual void add_position(float* x /*[T,H]*/, const Matrix& table /*[max_positions,H]*/) = 0;
   virtual void norm(void* y /*[T,H] act*/, const float* x /*[T,H]*/, const Norm& n, NormKind kind, float eps, int hidden) = 0;
-  // y = x W^T + b, then the activation if act_fn is given.
-  virtual void linear(void* y /*[T,N] act*/, const void* x /*[T,K] act*/, const Linear& w, const Activation* act_fn = nullptr) = 0;
+  // y = x W^T + b, then the activation if act_fn is given; other rows of y than `rows` stay as they are.
+  virtual void linear(void* y /*[T,N] act*/, const void* x /*[T,K] act*/, const Linear& w, const Activation* act_fn = nullptr, Rows rows = Rows::all) = 0;
   // y[t, k] = x[t, order[k]]
   virtual void take_columns(void* y /*[T,K] act*/, const void* x /*[T,K] act*/, const int32_t* order /*[K]*/, int64_t k) = 0;
   // y += x W^T + b  (b skipped when add_bias is false: it is added on one rank only)
@@ -92,9 +95,9 @@ class Ops {
     norm(yb, x, nb, kind, eps, hidden);
   }
   virtual void linear_pair(void* ya, const void* xa, const Linear& wa, const Activation* fn_a, void* yb, const void* xb, const Linear& wb,
-                           const Activation* fn_b) {
+                           const Activation* fn_b, Rows rows_b = Rows::all) {
     linear(ya, xa, wa, fn_a);
-    linear(yb, xb, wb, fn_b);
+    linear(yb, xb, wb, fn_b, rows_b);
   }
   virtual void linear_add_pair(float* y, const void* xa, const Linear& wa, const void* xb, const Linear& wb, bool add_bias = true) {
     linear_add(y, xa, wa, add_bias);
@@ -114,7 +117,12 @@ class Ops {
     rope_store(qkv, kv, c, heads, kv_heads);
     attention(out, qkv, kv, c, heads, kv_heads);
   }
-  // y[s] = x[logit_row[s]]
+  // For the end of the last layer, which only samples need: to the end of the step its prefill rows are those that are sampled, in the order of
+  // samples, behind the decode rows, which stay. false: that is no fewer, and nothing changes.
+  virtual bool keep_sampled() = 0;
+  // After keep_sampled() gave true: y[t] = x[the row that t was], of so many bytes each, a multiple of 2.
+  virtual void take_kept(void* y /*[T]*/, const void* x, size_t bytes) = 0;
+  // y[s] = x[logit_row[s]], or where keep_sampled() has put that row
   virtual void gather_logit_rows(float* y /*[S,H]*/, const float* x /*[T,H]*/, int hidden) = 0;
   // As norm() and linear() over the S rows of gather_logit_rows; logits stay float32.
   virtual void norm_logit_rows(void* y /*[S,H] act*/, const float* x /*[S,H]*/, const Norm& n, NormKind kind, float eps, int hidden) = 0;
