@@ -27,7 +27,7 @@ void prefill_linear_wgmma(const Stream& s, DType act, int T, const LinearInput& 
   a.scratch = scratch;
   const void* x[2] = {in.x, in_b ? in_b->x : nullptr};
   const auto source = [](const LinearInput& i) { return prefill::Source{static_cast<const uint8_t*>(i.w), int(steps_of(i.K))}; };
-  const auto product = [](const LinearInput& i, const LinearOutput& o) { return prefill::Product{row_scales(i.format, i.w, o.N, i.K), o.N, o.epilogue}; };
+  const auto product = [](const LinearInput& i, const LinearOutput& o) { return prefill::Product{row_scales(i.format, i.w, o.N, i.K), o.N, false, o.epilogue}; };
   a.source[0] = source(in);
   a.product[0] = product(in, out);
   a.chunks = a.source[0].chunks;

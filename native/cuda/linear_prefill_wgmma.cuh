@@ -27,7 +27,6 @@ namespace codefuse::cuda::prefill {
 constexpr int rows_of(int tiles) { return tiles * 16; }          // outputs of a block
 constexpr int threads_of(int tiles) { return 128 + tiles * 32; }  // a warpgroup with the producer, consumers
 constexpr int kMaxStages = 8;
-constexpr int kSoon = 8;  // what a tile is added to comes to L2 with its last chunks, a piece with each
 
 CODEFUSE_HD constexpr int x_bytes(int tokens) { return tokens * kChunkCols * 2; }
 // Weights of a stage: 64 columns of a block's row tiles, with 4 bits' scales and zeros.
@@ -38,13 +37,18 @@ CODEFUSE_HD constexpr int w_bytes(int tiles) {
 template <class W>
 CODEFUSE_HD constexpr int stage_bytes(int tokens, int tiles) { return (w_bytes<W>(tiles) + 1023) / 1024 * 1024 + x_bytes(tokens); }
 template <class W>
-CODEFUSE_HD constexpr int stages_for(int tokens, int tiles) {
-  const int fit = (232448 - 1024 - 1024 - tiles / 4 * kStageOutBytes) / stage_bytes<W>(tokens, tiles);
+CODEFUSE_HD constexpr int stages_beside(int tokens, int tiles, int buffer) {
+  const int fit = (232448 - 1024 - 1024 - tiles / 4 * 2 * buffer) / stage_bytes<W>(tokens, tiles);
   return fit < kMaxStages ? fit : kMaxStages;
 }
+// Each of a consumer warpgroup's two (TileWriter): smaller where they would cost a stage.
+template <class W>
+CODEFUSE_HD constexpr int buffer_for(int tokens, int tiles) { return stages_beside<W>(tokens, tiles, 8192) == stages_beside<W>(tokens, tiles, 4096) ? 8192 : 4096; }
+template <class W>
+CODEFUSE_HD constexpr int stages_for(int tokens, int tiles) { return stages_beside<W>(tokens, tiles, buffer_for<W>(tokens, tiles)); }
 template <class W>
 CODEFUSE_HD constexpr int shared_for(int tokens, int tiles) {
-  return 1024 + stages_for<W>(tokens, tiles) * stage_bytes<W>(tokens, tiles) + tiles / 4 * kStageOutBytes;
+  return 1024 + stages_for<W>(tokens, tiles) * stage_bytes<W>(tokens, tiles) + tiles / 4 * 2 * buffer_for<W>(tokens, tiles);
 }
 
 // As cudaFuncGetAttributes shows it: static shared memory only where there is code for Hopper.
@@ -53,16 +57,21 @@ struct Barriers {
 };
 
 #ifdef CODEFUSE_WGMMA
-__device__ __forceinline__ void arrive_at(uint64_t* b, uint32_t block) {  // the same barrier in a block of the cluster
-  asm volatile("{\n.reg .b32 a;\nmapa.shared::cluster.u32 a, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [a];\n}" ::"r"(shared_address(b)), "r"(block) : "memory");
+// A shared address that the compiler holds on to: it would compute it anew at every use.
+__device__ __forceinline__ uint32_t held_address(const void* p) {
+  uint32_t a;
+  asm volatile("mov.u32 %0, %1;" : "=r"(a) : "r"(shared_address(p)));
+  return a;
 }
+__device__ __forceinline__ uint32_t address_in(uint32_t a, uint32_t block) {  // of the same place in a block of the cluster
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(a), "r"(block));
+  return there;
+}
+__device__ __forceinline__ void arrive_there(uint32_t barrier) { asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory"); }
 // to both blocks of the cluster, the same place and barrier in each
-__device__ __forceinline__ void tensor_copy_both(void* dst, const CUtensorMap* map, int column, int row, uint64_t* b) {
-  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(dst)), "l"(map), "r"(column), "r"(row), "r"(shared_address(b)), "h"(uint16_t(3)) : "memory");
-}
-// one box to L2
-__device__ __forceinline__ void tensor_prefetch(const void* map, int column, int row) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(column), "r"(row) : "memory");
+__device__ __forceinline__ void tensor_copy_both(uint32_t dst, const CUtensorMap* map, int column, int row, uint32_t barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(dst), "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(uint16_t(3)) : "memory");
 }
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
@@ -126,6 +135,7 @@ struct Source {
 struct Product {
   const float* row_scale;  // [N padded] of q8_row
   int N;
+  bool mapped;  // Args::y
   Epilogue epilogue;
 };
 struct Args {
@@ -138,8 +148,7 @@ struct Args {
   Product product[2];
   PrefillScratch scratch;
   CUtensorMap x[2];  // of sources
-  CUtensorMap y;     // of product 0, where it is added to: boxes of a block's outputs for TOKENS / kSoon rows
-  int adds;
+  CUtensorMap y[2];  // of products (TileWriter)
 };
 
 template <class W, int TOKENS, int TILES>
@@ -147,14 +156,21 @@ __global__ void __launch_bounds__(threads_of(TILES), 1) gemm(const __grid_consta
 #ifdef CODEFUSE_WGMMA
   using T = typename W::Type;
   constexpr int kRows = rows_of(TILES), kStages = stages_for<W>(TOKENS, TILES), kXBytes = x_bytes(TOKENS), kStageBytes = stage_bytes<W>(TOKENS, TILES);
+  constexpr int kBuffer = buffer_for<W>(TOKENS, TILES);
   extern __shared__ uint8_t shared[];
   __shared__ Barriers barriers;
-  uint8_t* const smem = shared + (1024 - shared_address(shared) % 1024) % 1024;  // [kStages] (x, weights), then outputs
+  const uint32_t base = held_address(shared), smem = base + (1024 - base % 1024) % 1024;  // [kStages] (x, weights), then outputs
+  const uint32_t full_at = held_address(barriers.full), empty_at = held_address(barriers.empty);
   const int members = a.members, warpgroup = threadIdx.x / 128, rank = int(blockIdx.x % 2), member = int(blockIdx.x / 2) % members;
   const int across = (a.tokens + TOKENS * members - 1) / (TOKENS * members);  // tiles with the same weights
-  const auto product_of = [&](int tile) { return int(tile >= a.first); };
-  const auto row_of = [&](int tile) { return ((product_of(tile) ? tile - a.first : tile) / across * 2 + rank) * kRows; };  // the block's first output
-  const auto token_of = [&](int tile) { return (tile % across * members + member) * TOKENS; };  // a.first is a multiple of across
+  // of a tile: its product, the block's first output, its first row of x
+  struct Place {
+    int product, row, token;
+  };
+  const auto place_of = [&](int tile) {  // a.first is a multiple of across
+    const int product = tile >= a.first;
+    return Place{product, ((product ? tile - a.first : tile) / across * 2 + rank) * kRows, (tile % across * members + member) * TOKENS};
+  };
   const Work work(blockIdx.x / (2 * members), gridDim.x / (2 * members), a.tiles, a.chunks, a.scratch.partial != nullptr);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
@@ -170,42 +186,61 @@ __global__ void __launch_bounds__(threads_of(TILES), 1) gemm(const __grid_consta
   if (warpgroup == 0) {
     if constexpr (TILES == 8) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == 0) {
-      prefetch_map(&a.x[0]);
-      if (a.source[1].w) prefetch_map(&a.x[1]);
+      for (int i = 0; i < 2; ++i) {
+        if (a.source[i].w) prefetch_map(&a.x[i]);
+        if (a.product[i].mapped) prefetch_map(&a.y[i]);
+      }
       bool waited = false;
       int stage = 0, parity = 1;
-      for (Walk at(work); !at.done(); at.step()) {
-        uint8_t *const to = smem + stage * kStageBytes, *const weights = to + kXBytes;
-        uint64_t* const full = &barriers.full[stage];
-        barrier_wait(&barriers.empty[stage], parity);
-        barrier_expect(full, kXBytes + w_bytes<W>(TILES));
-        const bool joined = at.chunk >= a.join;
-        const int source = joined | product_of(at.item.tile), c = joined ? at.chunk - a.join : at.chunk;
-        const int own_chunks = (a.source[source].chunks + W::kCols / 64 - 1) / (W::kCols / 64);
-        const int row = row_of(at.item.tile);
-        const uint8_t* const chunk = a.source[source].w + (size_t(row / kGroupRows) * own_chunks + c / (W::kCols / 64)) * W::kBytes;
-        parts_of<W, TILES>(c % (W::kCols / 64), row % kGroupRows / 16, [&](int place, int from, int bytes) { bulk_copy(weights + place, chunk + from, bytes, full); });
-        if (!waited) grid_wait();
-        waited = true;
-        tensor_copy_both(to + rank * (kXBytes / 2), &a.x[source], c * kChunkCols, token_of(at.item.tile) + rank * (TOKENS / 2), full);
-        const int left = a.chunks - at.chunk;
-        if (a.adds && at.item.end == a.chunks && left <= kSoon) tensor_prefetch(&a.y, row, token_of(at.item.tile) + (kSoon - left) * (TOKENS / kSoon));
-        if (++stage == kStages) stage = 0, parity ^= 1;
+      // chunks [c, end) of source i, to be multiplied for outputs from place.row on
+      const auto copy = [&](const Place& place, int i, int c, int end) {
+        constexpr int kBlocks = W::kCols / 64;
+        const int first = place.row % kGroupRows / 16, token = place.token + rank * (TOKENS / 2);
+        const CUtensorMap* const map = &a.x[i];
+        const uint8_t* chunk = a.source[i].w + (size_t(place.row / kGroupRows) * ((a.source[i].chunks + kBlocks - 1) / kBlocks) + c / kBlocks) * W::kBytes;
+#pragma unroll 1
+        for (; c < end; ++c) {
+          const uint32_t to = smem + stage * kStageBytes, full = full_at + stage * 8;
+          barrier_wait(empty_at + stage * 8, parity);
+          barrier_expect(full, kXBytes + w_bytes<W>(TILES));
+          parts_of<W, TILES>(c % kBlocks, first, [&](int at, int from, int bytes) { bulk_copy(to + kXBytes + at, chunk + from, bytes, full); });
+          if (!waited) grid_wait();
+          waited = true;
+          tensor_copy_both(to + rank * (kXBytes / 2), map, c * kChunkCols, token, full);
+          if ((c + 1) % kBlocks == 0) chunk += W::kBytes;
+          if (++stage == kStages) stage = 0, parity ^= 1;
+        }
+      };
+      for (int i = 0; i < work.count; ++i) {
+        const Item item = work.item(i);
+        const Place place = place_of(item.tile);
+        if (item.begin < a.join) copy(place, place.product, item.begin, min(item.end, a.join));
+        if (item.end > a.join) copy(place, 1, max(item.begin, a.join) - a.join, item.end - a.join);
       }
     }
     grid_wait();
   } else {
     if constexpr (TILES == 8) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int group = warpgroup - 1, thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32;
-    uint8_t* const staging = smem + kStages * kStageBytes + group * kStageOutBytes;
-    const uint64_t b_base = wgmma_rows(shared_address(smem));
+    TileWriter<T, TOKENS, kBuffer> writer{smem + kStages * kStageBytes + group * (2 * kBuffer), group};
+    const uint64_t b_base = wgmma_rows(smem);
+    const uint8_t* const weights = shared + (smem - base) + kXBytes;
+    const uint32_t empty_there = address_in(empty_at, rank ^ 1);
     const int slot = int(blockIdx.x);
     int stage = 0, parity = 0;
     grid_wait();
     float d[TOKENS / 2];
     for (int i = 0; i < work.count; ++i) {
       const Item item = work.item(i);
-      const Product& product = a.product[product_of(item.tile)];
+      const Place place = place_of(item.tile);
+      const Product& product = a.product[place.product];
+      const int output = place.row + warp * 16 + lane / 4;  // and 8 further
+      float scale_a = 1.f, scale_b = 1.f, bias_a = 0.f, bias_b = 0.f;
+      if (item.end == a.chunks) {
+        if (W::kScale == Scale::row) scale_a = product.row_scale[output], scale_b = product.row_scale[output + 8];
+        const auto bias_of = [&](int n) { return n < product.N ? (product.epilogue.bias ? product.epilogue.bias[n] : 0.f) + (product.epilogue.bias_b ? product.epilogue.bias_b[n] : 0.f) : 0.f; };
+        bias_a = bias_of(output), bias_b = bias_of(output + 8);
+      }
       if (item.begin == 0) {
 #pragma unroll
         for (int r = 0; r < TOKENS / 2; ++r) d[r] = 0.f;
@@ -216,13 +251,13 @@ __global__ void __launch_bounds__(threads_of(TILES), 1) gemm(const __grid_consta
       uint4 even[4], odd[4];  // weights of chunks by turns: while one is multiplied, the next is made
       int c = 0, before = 0;  // the stage of the chunk before this one
       const auto make = [&](uint4(&to)[4]) {
-        barrier_wait(&barriers.full[stage], parity);
+        barrier_wait(full_at + stage * 8, parity);
         const int chunk = item.begin + c;
-        load_fragments<W, TILES>(to, smem + stage * kStageBytes + kXBytes, warp, (chunk >= a.join ? chunk - a.join : chunk) % (W::kCols / 64), lane);
+        load_fragments<W, TILES>(to, weights + stage * kStageBytes, warp, (chunk >= a.join ? chunk - a.join : chunk) % (W::kCols / 64), lane);
       };
       const auto release = [&](int used) {
-        barrier_arrive(&barriers.empty[used]);
-        if (lane == 0) arrive_at(&barriers.empty[used], rank ^ 1);
+        barrier_arrive(empty_at + used * 8);
+        if (lane == 0) arrive_there(empty_there + used * 8);
       };
       // multiplies a chunk, and makes the next when the one before, which had its registers, is done; false: it was the last
       const auto multiply = [&](const uint4(&now)[4], uint4(&next)[4]) {
@@ -246,17 +281,16 @@ __global__ void __launch_bounds__(threads_of(TILES), 1) gemm(const __grid_consta
       wgmma_wait<0>();
       release(before);
       wgmma_hold(d);
-      if (W::kScale == Scale::row && item.end == a.chunks) {
-        const float* scale = product.row_scale + row_of(item.tile) + warp * 16 + lane / 4;
-        const float sa = scale[0], sb = scale[8];
-#pragma unroll
-        for (int r = 0; r < TOKENS / 2; ++r) d[r] = __fmul_rn(d[r], r % 4 < 2 ? sa : sb);  // not into what is added later: shapes agree
-      }
-      if (item.end < a.chunks)
+      if (item.end < a.chunks) {
         leave(d, a.scratch.partial + size_t(slot) * kPrefillSlot + thread * 4, a.scratch.flag + slot * 8 + warp);
-      else
-        write_tile<T, TOKENS>(d, staging, group, token_of(item.tile), a.tokens, row_of(item.tile) + group * 64, product.N, product.epilogue);
+        continue;
+      }
+      if (W::kScale == Scale::row)
+#pragma unroll
+        for (int r = 0; r < TOKENS / 2; ++r) d[r] = __fmul_rn(d[r], r % 4 < 2 ? scale_a : scale_b);  // not into what is added later: shapes agree
+      writer.write(d, product.mapped ? &a.y[place.product] : nullptr, place.token, a.tokens, place.row + group * 64, product.N, product.epilogue, bias_a, bias_b);
     }
+    if (thread % 128 == 0) stores_done();
   }
   cluster_sync();  // a block's barriers are there until its peer has arrived at them
 #endif
@@ -301,10 +335,14 @@ void run(const Stream& s, DType act, Args args, const void* const (&x)[2], int m
   args.tiles = args.first + tiles_of(args.product[1].N);
   for (int i = 0; i < 2; ++i)
     if (x[i]) args.x[i] = rows_map(act, x[i], args.tokens, args.source[i].chunks * kChunkCols, TOKENS / 2);
-  const Epilogue& e = args.product[0].epilogue;
-  const int N = args.product[0].N;
-  args.adds = e.store == Store::add && args.product[1].N == 0 && N % 4 == 0 && reinterpret_cast<uintptr_t>(e.y) % 16 == 0;
-  if (args.adds) args.y = map_of(CU_TENSOR_MAP_DATA_TYPE_FLOAT32, e.y, args.tokens, N, rows_of(TILES), TOKENS / kSoon, CU_TENSOR_MAP_SWIZZLE_NONE);
+  for (int i = 0; i < 2; ++i) {
+    Product& p = args.product[i];
+    const int size = p.epilogue.store == Store::act ? 2 : 4, buffer = buffer_for<W>(TOKENS, TILES);
+    p.mapped = p.N > 0 && p.N * size % 16 == 0 && reinterpret_cast<uintptr_t>(p.epilogue.y) % 16 == 0 && p.epilogue.store != Store::f32;
+    if (!p.mapped) continue;
+    args.y[i] = p.epilogue.store == Store::act ? rows_map(act, p.epilogue.y, args.tokens, p.N, std::min(out_rows(buffer), TOKENS))
+                                              : map_of(CU_TENSOR_MAP_DATA_TYPE_FLOAT32, p.epilogue.y, args.tokens, p.N, 32, added_rows(buffer), CU_TENSOR_MAP_SWIZZLE_128B);
+  }
   c.gridDim = std::min(args.tiles, std::max(1, clusters / members)) * members * 2;
   c.numAttrs = s.dependent ? 2 : 1;
   check(cudaLaunchKernelEx(&c, kernel, args), "launch");

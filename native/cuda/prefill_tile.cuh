@@ -2,116 +2,133 @@
 #pragma once
 #include "cuda/epilogue.cuh"
 #include "cuda/kernels.h"
+#include "cuda/tensor_map.h"
+#include "cuda/tiles.cuh"
 
 namespace codefuse::cuda::prefill {
 
-[[maybe_unused]] constexpr int kStageOutBytes = 9216;      // outputs of one warpgroup on their way: 64 rows of 64 (16 bit) or 32 of 64 (float)
-[[maybe_unused]] constexpr int kOutStride = 144, kFloatStride = 272;  // bytes between their rows
+// Outputs leave a warpgroup by tensor copies from two buffers of shared memory in turn, each of rows of x x 64 outputs: one box of as many rows, or where
+// they are added, in float32, two side by side of half as many.
+CODEFUSE_HD constexpr int out_rows(int buffer) { return buffer / 128; }
+CODEFUSE_HD constexpr int added_rows(int buffer) { return buffer / 256; }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 __device__ __forceinline__ void warpgroup_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
-__device__ __forceinline__ void store_matrices_transposed(void* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(p)), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+__device__ __forceinline__ void store_matrices_transposed(uint32_t p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(p), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
+__device__ __forceinline__ void store_shared(uint32_t p, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(p), "f"(v) : "memory"); }
+// a box of shared memory to global memory; what lies outside the map is left out
+__device__ __forceinline__ void tensor_store(const CUtensorMap* map, int column, int row, uint32_t from) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column), "r"(row), "r"(from) : "memory");
+}
+__device__ __forceinline__ void tensor_add(const CUtensorMap* map, int column, int row, uint32_t from) {
+  asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column), "r"(row), "r"(from) : "memory");
+}
+__device__ __forceinline__ void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void stores_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-// Outputs [n0, n0 + 64) of rows [token0, ..) from one warpgroup's accumulators: d[4 j + q] of a lane is output g + 8 (q / 2) of its
-// warp's 16, row 8 j + 2 t + q % 2. Through shared memory, so that 8 or 16 lanes write a row's outputs together.
-template <class T, int TOKENS>
-__device__ __forceinline__ void write_tile(float (&d)[TOKENS / 2], uint8_t* staging, int group, int token0, int tokens, int n0, int N, const Epilogue& e) {
-  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
-  const int na = n0 + warp * 16 + g, nb = na + 8;
-  const auto bias_of = [&](int n) { return n < N ? (e.bias ? e.bias[n] : 0.f) + (e.bias_b ? e.bias_b[n] : 0.f) : 0.f; };
-  const float bias_a = bias_of(na), bias_b = bias_of(nb);
-  if (e.store == Store::act) {
-    T* const y = static_cast<T*>(e.y);
-    const bool whole = N % 8 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0;
-    auto write = [&](auto fn) {
-      constexpr int FN = decltype(fn)::value;
-#pragma unroll (FN < 0 ? TOKENS / 64 : 1)  // an activation is long: of a tile's 128 only a quarter is written out
-      for (int p = 0; p < TOKENS / 64; ++p) {
-        if (token0 + p * 64 >= tokens) break;
-#pragma unroll
-        for (int j = 0; j < 8; j += 2) {
-          uint32_t v[4];
-#pragma unroll
-          for (int h = 0; h < 4; ++h) {
-            const float* z = d + (j + h / 2) * 4 + h % 2 * 2;
-            const float b = h % 2 ? bias_b : bias_a;
-            v[h] = pack2<T>(activate(z[0] + b, FN), activate(z[1] + b, FN));
-          }
-          store_matrices_transposed(staging + (j * 8 + lane / 16 * 8 + lane % 8) * kOutStride + warp * 32 + lane / 8 % 2 * 16, v[0], v[1], v[2], v[3]);
-        }
-        warpgroup_sync(group);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = i * 16 + thread / 8, token = token0 + p * 64 + row, n = n0 + thread % 8 * 8;
-          const uint4 v = *reinterpret_cast<const uint4*>(staging + row * kOutStride + thread % 8 * 16);
-          if (token >= tokens || n >= N) continue;
-          T* to = y + int64_t(token) * N + n;
-          if (whole) {
-            *reinterpret_cast<uint4*>(to) = v;
-          } else {
-            const uint32_t w[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-            for (int q = 0; q < 8; ++q)
-              if (n + q < N) reinterpret_cast<uint16_t*>(to)[q] = uint16_t(w[q / 2] >> (q % 2 * 16));
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < TOKENS / 2 - 32; ++i) d[i] = d[i + 32];
-        warpgroup_sync(group);
-      }
-    };
-    switch (e.activation) {  // here, so that the code that runs is in one piece
-      case int(Activation::gelu): return write(std::integral_constant<int, int(Activation::gelu)>());
-      case int(Activation::gelu_tanh): return write(std::integral_constant<int, int(Activation::gelu_tanh)>());
-      case int(Activation::relu): return write(std::integral_constant<int, int(Activation::relu)>());
-      case int(Activation::silu): return write(std::integral_constant<int, int(Activation::silu)>());
-      default: return write(std::integral_constant<int, -1>());
+// d: a warpgroup's accumulators of rows [token0, ..) of x, outputs [n0, n0 + 64): d[4 j + q] of a lane is output g + 8 (q / 2) of its warp's 16, row
+// 8 j + 2 t + q % 2. BUFFER: bytes of each of the two at `staging`, by turns, which go on from one tile to the next.
+template <class T, int TOKENS, int BUFFER>
+struct TileWriter {
+  uint32_t staging;
+  int group, turn = 0;
+
+  // What was written to the buffer is copied: all threads, and then the first, which sees to it that the other buffer is free.
+  template <class F>
+  __device__ __forceinline__ void copy(const F& store) {
+    const bool first = threadIdx.x % 128 == 0;
+    if (first) stores_read();
+    proxy_fence();
+    warpgroup_sync(group);
+    if (first) {
+      store();
+      stores_commit();
     }
-  } else {
-    float* const y = static_cast<float*>(e.y);
-    const bool whole = N % 4 == 0 && reinterpret_cast<uintptr_t>(y) % 16 == 0, add = e.store == Store::add;
-    const int n = n0 + thread % 16 * 4;
-    float4 old[2][4] = {};  // by turns: those of the next rows are asked for before these are written
-    const auto ask = [&](int p) {
-      if (add && whole && n < N)
+    turn ^= 1;
+  }
+  __device__ __forceinline__ uint32_t buffer() const { return staging + turn * BUFFER; }
+
+  // y = fn(d + bias), of the compute dtype
+  template <int FN>
+  __device__ __forceinline__ void store(float (&d)[TOKENS / 2], const CUtensorMap* map, int token0, int tokens, int n0, float bias_a, float bias_b) {
+    constexpr int R = out_rows(BUFFER) < TOKENS ? out_rows(BUFFER) : TOKENS;
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+#pragma unroll (FN < 0 ? TOKENS / R : 1)  // an activation is long: of a tile's only some are written out
+    for (int p = 0; p < TOKENS / R; ++p) {
+      if (token0 + p * R >= tokens) break;
+      const uint32_t row = buffer() + lane / 16 * 1024 + lane % 8 * 128 + ((warp * 2 + lane / 8 % 2) ^ lane % 8) * 16;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int token = token0 + p * 32 + i * 8 + thread / 16;
-          if (token < tokens) old[p % 2][i] = *reinterpret_cast<const float4*>(y + int64_t(token) * N + n);
+      for (int j = 0; j < R / 8; j += 2) {
+        uint32_t v[4];
+#pragma unroll
+        for (int h = 0; h < 4; ++h) {
+          const float* z = d + (j + h / 2) * 4 + h % 2 * 2;
+          const float b = h % 2 ? bias_b : bias_a;
+          v[h] = pack2<T>(activate(z[0] + b, FN), activate(z[1] + b, FN));
         }
-    };
-    ask(0);
-#pragma unroll
-    for (int p = 0; p < TOKENS / 32; ++p) {
-      if (token0 + p * 32 >= tokens) break;
-      if (p + 1 < TOKENS / 32) ask(p + 1);
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-#pragma unroll
-        for (int q = 0; q < 4; ++q)
-          *reinterpret_cast<float*>(staging + (j * 8 + 2 * t + q % 2) * kFloatStride + (warp * 16 + g + q / 2 * 8) * 4) = d[(p * 4 + j) * 4 + q] + (q / 2 ? bias_b : bias_a);
-      warpgroup_sync(group);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = i * 8 + thread / 16, token = token0 + p * 32 + row;
-        const float4 v = *reinterpret_cast<const float4*>(staging + row * kFloatStride + thread % 16 * 16);
-        if (token >= tokens || n >= N) continue;
-        float* to = y + int64_t(token) * N + n;
-        if (whole) {
-          *reinterpret_cast<float4*>(to) = make_float4(old[p % 2][i].x + v.x, old[p % 2][i].y + v.y, old[p % 2][i].z + v.z, old[p % 2][i].w + v.w);
-        } else {
-          const float z[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-          for (int q = 0; q < 4; ++q)
-            if (n + q < N) to[q] = add ? to[q] + z[q] : z[q];
-        }
+        store_matrices_transposed(row + j * 1024, v[0], v[1], v[2], v[3]);
       }
-      warpgroup_sync(group);
+      const uint32_t from = buffer();
+      copy([&] { tensor_store(map, n0, token0 + p * R, from); });
+#pragma unroll
+      for (int i = 0; i < TOKENS / 2 - R / 2; ++i) d[i] = d[i + R / 2];
     }
   }
-}
+
+  // y += d + bias, float32
+  __device__ __forceinline__ void add(const float (&d)[TOKENS / 2], const CUtensorMap* map, int token0, int tokens, int n0, float bias_a, float bias_b) {
+    constexpr int R = added_rows(BUFFER);
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const auto unit = [&](int h) { return warp % 2 * 4 + h * 2 + g / 4; };  // of a box's 32 outputs
+#pragma unroll
+    for (int p = 0; p < TOKENS / R; ++p) {
+      if (token0 + p * R >= tokens) break;
+      const uint32_t box = buffer() + warp / 2 * (BUFFER / 2);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) {
+        const int row = 2 * t + q % 2;  // of 8
+        const uint32_t to = box + row * 128 + (unit(q / 2) ^ row) * 16 + g % 4 * 4;
+#pragma unroll
+        for (int j = 0; j < R / 8; ++j) store_shared(to + j * 1024, d[(p * (R / 8) + j) * 4 + q] + (q / 2 ? bias_b : bias_a));
+      }
+      const uint32_t from = buffer();
+      copy([&] {
+        tensor_add(map, n0, token0 + p * R, from);
+        tensor_add(map, n0 + 32, token0 + p * R, from + BUFFER / 2);
+      });
+    }
+  }
+
+  // map: of e.y with boxes as above, or nullptr: rows of y are not multiples of 16 bytes, and each element is stored for itself
+  __device__ __forceinline__ void write(float (&d)[TOKENS / 2], const CUtensorMap* map, int token0, int tokens, int n0, int N, const Epilogue& e, float bias_a, float bias_b) {
+    if (!map) {
+      const int lane = threadIdx.x % 32, n = n0 + threadIdx.x / 32 % 4 * 16 + lane / 4;
+#pragma unroll 1
+      for (int j = 0; j < TOKENS / 8; ++j) {
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+          const int token = token0 + 8 * j + 2 * (lane % 4) + q % 2;
+          if (token < tokens && n + q / 2 * 8 < N) store_output<T>(e, d[q], token, n + q / 2 * 8, N);
+        }
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2 - 4; ++i) d[i] = d[i + 4];
+      }
+      return;
+    }
+    if (n0 >= N) return;
+    if (e.store == Store::add) return add(d, map, token0, tokens, n0, bias_a, bias_b);
+    switch (e.activation) {  // here, so that the code that runs is in one piece
+      case int(Activation::gelu): return store<int(Activation::gelu)>(d, map, token0, tokens, n0, bias_a, bias_b);
+      case int(Activation::gelu_tanh): return store<int(Activation::gelu_tanh)>(d, map, token0, tokens, n0, bias_a, bias_b);
+      case int(Activation::relu): return store<int(Activation::relu)>(d, map, token0, tokens, n0, bias_a, bias_b);
+      case int(Activation::silu): return store<int(Activation::silu)>(d, map, token0, tokens, n0, bias_a, bias_b);
+      default: return store<-1>(d, map, token0, tokens, n0, bias_a, bias_b);
+    }
+  }
+};
 
 // Sums of a tile that ends early, for the next unit: every thread's accumulators, and a flag per warp.
 template <int N>
