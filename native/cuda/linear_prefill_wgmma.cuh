@@ -1,11 +1,13 @@
 // Linear layers of prefill rows on Hopper's warpgroup matrix instructions, from the same tiles as decode: the weights are the A operand,
 // from registers (a lane's 16 bytes of a tile are its A fragment), x the B operand, K-major in shared memory with the 128-byte swizzle.
 //
-// A block makes the outputs of TILES row tiles for TOKENS rows of x: one producer warp keeps a ring of (weights, x) chunks full by bulk copies, a
+// A block makes the outputs of TILES row tiles for TOKENS rows of x: one producer thread keeps a ring of (weights, x) chunks full by bulk copies, a
 // consumer warpgroup takes 4 row tiles, 64 outputs. The two blocks of a cluster take neighbouring outputs for the same rows of x, and each
-// fetches half of x for both. With few rows of x half as many tiles a block put more multiprocessors to work. The grid is persistent. Clusters that need the same weights for different rows of x are a team: they go
-// through the same tiles at the same time, so that weights come from memory once. Tiles that do not divide evenly among teams are
-// relayed: one runs the first chunks of a tile, and leaves its sums for the next, which goes on from them.
+// fetches half of x for both. With few rows of x half as many tiles a block put more multiprocessors to work. The grid is persistent. Clusters
+// that need the same weights for different rows of x are a team: they go through the same tiles at the same time, so that weights come from
+// memory once. Tiles that do not divide evenly among teams are relayed: one runs the first chunks of a tile, and leaves its sums for the next,
+// which goes on from them. With few rows of x a chunk takes as long as the producer and the consumers have instructions for it, one after the
+// other, so what a tile's chunks have in common is computed once.
 //
 // One launch has one product, or two of as many columns (of their tiles the first product's come first), or one whose K comes from two sources (x and
 // matrix each).
@@ -144,10 +146,11 @@ struct Args {
   int join;          // from this chunk on of a product its source is the second
   int tiles, first;  // of the outputs of a cluster x the rows of x of a team: of all products; of the first
   int members;       // clusters of a team
+  int half;          // rows of x that a block of a cluster fetches for both: of the tile, or of all if those are fewer
   Source source[2];
   Product product[2];
   PrefillScratch scratch;
-  CUtensorMap x[2];  // of sources
+  CUtensorMap x[2];  // of sources: boxes of `half` rows
   CUtensorMap y[2];  // of products (TileWriter)
 };
 
@@ -195,18 +198,18 @@ __global__ void __launch_bounds__(threads_of(TILES), 1) gemm(const __grid_consta
       // chunks [c, end) of source i, to be multiplied for outputs from place.row on
       const auto copy = [&](const Place& place, int i, int c, int end) {
         constexpr int kBlocks = W::kCols / 64;
-        const int first = place.row % kGroupRows / 16, token = place.token + rank * (TOKENS / 2);
+        const int first = place.row % kGroupRows / 16, token = place.token + rank * a.half, bytes_of_x = a.half * (kChunkCols * 2);
         const CUtensorMap* const map = &a.x[i];
         const uint8_t* chunk = a.source[i].w + (size_t(place.row / kGroupRows) * ((a.source[i].chunks + kBlocks - 1) / kBlocks) + c / kBlocks) * W::kBytes;
 #pragma unroll 1
         for (; c < end; ++c) {
           const uint32_t to = smem + stage * kStageBytes, full = full_at + stage * 8;
           barrier_wait(empty_at + stage * 8, parity);
-          barrier_expect(full, kXBytes + w_bytes<W>(TILES));
+          barrier_expect(full, 2 * bytes_of_x + w_bytes<W>(TILES));
           parts_of<W, TILES>(c % kBlocks, first, [&](int at, int from, int bytes) { bulk_copy(to + kXBytes + at, chunk + from, bytes, full); });
           if (!waited) grid_wait();
           waited = true;
-          tensor_copy_both(to + rank * (kXBytes / 2), map, c * kChunkCols, token, full);
+          tensor_copy_both(to + rank * bytes_of_x, map, c * kChunkCols, token, full);
           if ((c + 1) % kBlocks == 0) chunk += W::kBytes;
           if (++stage == kStages) stage = 0, parity ^= 1;
         }
@@ -330,11 +333,12 @@ void run(const Stream& s, DType act, Args args, const void* const (&x)[2], int m
   c.numAttrs = 1;
   const int clusters = clusters_of<W, TOKENS, TILES>(s, c), rows = TOKENS * members, across = (args.tokens + rows - 1) / rows;
   args.members = members;
+  args.half = std::min(TOKENS / 2, (args.tokens + 15) / 16 * 8);  // what rows of x beyond are in shared memory makes sums that are not stored
   const auto tiles_of = [&](int N) { return (N + 2 * rows_of(TILES) - 1) / (2 * rows_of(TILES)) * across; };
   args.first = tiles_of(args.product[0].N);
   args.tiles = args.first + tiles_of(args.product[1].N);
   for (int i = 0; i < 2; ++i)
-    if (x[i]) args.x[i] = rows_map(act, x[i], args.tokens, args.source[i].chunks * kChunkCols, TOKENS / 2);
+    if (x[i]) args.x[i] = rows_map(act, x[i], args.tokens, args.source[i].chunks * kChunkCols, args.half);
   for (int i = 0; i < 2; ++i) {
     Product& p = args.product[i];
     const int size = p.epilogue.store == Store::act ? 2 : 4, buffer = buffer_for<W>(TOKENS, TILES);

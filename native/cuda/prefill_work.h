@@ -38,18 +38,4 @@ struct Work {
   }
 };
 
-// Over the chunks of a unit's items.
-struct Walk {
-  const Work& work;
-  int i = 0, chunk;
-  Item item;
-  CODEFUSE_HD explicit Walk(const Work& w) : work(w), item(w.item(0)) { chunk = item.begin; }
-  CODEFUSE_HD bool done() const { return i == work.count; }
-  CODEFUSE_HD void step() {
-    if (++chunk < item.end || ++i == work.count) return;
-    item = work.item(i);
-    chunk = item.begin;
-  }
-};
-
 }  // namespace codefuse::cuda::prefill
