@@ -86,11 +86,11 @@ class TestOps {
   }
 
   Floats linear(const py::dict& batch, const Floats& x, const py::object& weight, const std::string& format, const MaybeFloats& bias,
-                const std::optional<std::string>& activation) {
+                const std::optional<std::string>& activation, const std::string& rows) {
     const Linear w{matrix(weight, format), vector(bias)};
     const Activation act = parse_activation(activation.value_or("relu"));
     Buffer from = in(x, ops_->act()), y = out({x.shape(0), w.weight.rows}, ops_->act());
-    run(batch, [&] { ops_->linear(y.data, from.data, w, activation ? &act : nullptr); });
+    run(batch, [&] { ops_->linear(y.data, from.data, w, activation ? &act : nullptr, parse_rows(rows)); });
     return read(y);
   }
 
@@ -103,12 +103,12 @@ class TestOps {
   }
 
   py::tuple linear_pair(const py::dict& batch, const Floats& xa, const py::object& wa, const Floats& xb, const py::object& wb, const std::string& format,
-                        const MaybeFloats& bias_a, const MaybeFloats& bias_b, const std::optional<std::string>& activation) {
+                        const MaybeFloats& bias_a, const MaybeFloats& bias_b, const std::optional<std::string>& activation, const std::string& rows_b) {
     const Linear a{matrix(wa, format), vector(bias_a)}, b{matrix(wb, format), vector(bias_b)};
     const Activation act = parse_activation(activation.value_or("relu"));
     Buffer from_a = in(xa, ops_->act()), from_b = in(xb, ops_->act());
     Buffer ya = out({xa.shape(0), a.weight.rows}, ops_->act()), yb = out({xb.shape(0), b.weight.rows}, ops_->act());
-    run(batch, [&] { ops_->linear_pair(ya.data, from_a.data, a, nullptr, yb.data, from_b.data, b, activation ? &act : nullptr); });
+    run(batch, [&] { ops_->linear_pair(ya.data, from_a.data, a, nullptr, yb.data, from_b.data, b, activation ? &act : nullptr, parse_rows(rows_b)); });
     return py::make_tuple(read(ya), read(yb));
   }
 
@@ -183,6 +183,27 @@ class TestOps {
     return read(y);
   }
 
+  // returns whether there are fewer rows then, how many, those of x in float32 and in the compute dtype, and the sampled ones
+  py::tuple keep_sampled(const py::dict& batch, const Floats& x) {
+    const Batch b = to_batch(batch);
+    const std::optional<KeptRows> kept = kept_rows(b);
+    Buffer wide = in(x, DType::f32), narrow = in(x, ops_->act());
+    const py::ssize_t n = kept ? py::ssize_t(kept->from.size()) : b.rows();
+    Buffer y = out({n, x.shape(1)}, DType::f32), z = out({n, x.shape(1)}, ops_->act()), s = out({b.samples(), x.shape(1)}, DType::f32);
+    bool fewer = false;
+    int rows = 0;
+    run(batch, [&] {
+      fewer = ops_->keep_sampled();
+      rows = ops_->rows();
+      if (fewer) {
+        ops_->take_kept(y.data, wide.data, size_t(x.shape(1)) * sizeof(float));
+        ops_->take_kept(z.data, narrow.data, size_t(x.shape(1)) * size_of(ops_->act()));
+      }
+      if (rows > 0) ops_->gather_logit_rows(s.floats(), fewer ? y.floats() : wide.floats(), int(x.shape(1)));
+    });
+    return py::make_tuple(fewer, rows, read(y), read(z), read(s));
+  }
+
   py::tuple sample(const py::dict& batch, const Floats& logits) {
     const Batch b = to_batch(batch);
     if (logits.ndim() != 2 || logits.shape(0) != b.samples()) throw ValueError("logits: expected [samples, vocab]");
@@ -248,6 +269,13 @@ class TestOps {
     return result;
   }
 
+  static Rows parse_rows(const std::string& rows) {
+    if (rows == "all") return Rows::all;
+    if (rows == "decode") return Rows::decode;
+    if (rows == "prefill") return Rows::prefill;
+    throw ValueError(cat("rows is '", rows, "'; expected all, decode or prefill"));
+  }
+
   Matrix matrix(const py::object& weight, const std::string& format) {
     const Matrix m = ops_->load_matrix({host_matrix(format, weight)});
     ops_->finish_loading();
@@ -300,9 +328,9 @@ void bind_testing_ops(py::module_& m) {
       .def("norm", &TestOps::norm, "batch"_a, "x"_a, "weight"_a, "bias"_a = py::none(), "kind"_a = "layer", "eps"_a = 1e-5f,
            "logit_rows"_a = false)
       .def("linear", &TestOps::linear, "batch"_a, "x"_a, "weight"_a, "format"_a = "f32", "bias"_a = py::none(),
-           "activation"_a = py::none())
+           "activation"_a = py::none(), "rows"_a = "all")
       .def("linear_pair", &TestOps::linear_pair, "batch"_a, "xa"_a, "wa"_a, "xb"_a, "wb"_a, "format"_a = "f32", "bias_a"_a = py::none(),
-           "bias_b"_a = py::none(), "activation"_a = py::none())
+           "bias_b"_a = py::none(), "activation"_a = py::none(), "rows_b"_a = "all")
       .def("linear_add_pair", &TestOps::linear_add_pair, "batch"_a, "y"_a, "xa"_a, "wa"_a, "xb"_a, "wb"_a, "format"_a = "f32",
            "bias_a"_a = py::none(), "bias_b"_a = py::none(), "add_bias"_a = true)
       .def("linear_add", &TestOps::linear_add, "batch"_a, "y"_a, "x"_a, "weight"_a, "format"_a = "f32", "bias"_a = py::none(),
@@ -315,6 +343,7 @@ void bind_testing_ops(py::module_& m) {
       .def("rope_attention", &TestOps::rope_attention, "batch"_a, "qkv"_a, "k"_a, "v"_a, "heads"_a, "kv_heads"_a)
       .def("take_columns", &TestOps::take_columns, "batch"_a, "x"_a, "order"_a)
       .def("gather_logit_rows", &TestOps::gather_logit_rows, "batch"_a, "x"_a)
+      .def("keep_sampled", &TestOps::keep_sampled, "batch"_a, "x"_a)
       .def("sample", &TestOps::sample, "batch"_a, "logits"_a)
       .def_property_readonly("top_tokens", &TestOps::top_tokens);
 }

@@ -118,9 +118,11 @@ def rows_not_sampled_change_nothing(r: testing.Runner, tokens) -> None:
     for some in ("none", "last", [0], [56], [0, 40, 7, 40], list(range(56))):
         batch = make_batch(pages, **rows, logits=some)
         np.testing.assert_array_equal(r.logits(batch).view(np.uint32), every[batch["logit_row"]].view(np.uint32))
+    np.testing.assert_array_equal(r.logits(make_batch(pages, decode=rows["decode"])), every[:1])
     after = r.logits(make_batch(pages, decode=[(3, tokens[36], 31)]))
-    r.logits(make_batch(pages, prefill=rows["prefill"], logits="none"))  # no row goes on
-    np.testing.assert_array_equal(r.logits(make_batch(pages, decode=[(3, tokens[36], 31)])), after)
+    others = pages_of(r, seed=8)
+    r.logits(make_batch(others, prefill=rows["prefill"], logits="none"))  # no row goes on, but K and V are stored
+    np.testing.assert_array_equal(r.logits(make_batch(others, decode=[(3, tokens[36], 31)])), after)
 
 
 def words_of(tokens, vocab: int) -> list[int]:

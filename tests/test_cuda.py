@@ -179,7 +179,13 @@ def test_pairs_of_prefill_rows(both, na, nb, k, ka):
 def test_activations(both, activation):
     rng = np.random.default_rng(5)
     x, w = both.round(rng.standard_normal((70, 64)) * 3), both.round(rng.standard_normal((40, 64)) / 8)
-    both.same("linear", rows_batch(3, 67), x, as_format(w, FORMAT[both.dtype])[0], FORMAT[both.dtype], None, activation=activation)
+    format, bits = FORMAT[both.dtype], as_format(w, FORMAT[both.dtype])[0]
+    both.same("linear", rows_batch(3, 67), x, bits, format, None, activation=activation)
+    both.same("linear", rows_batch(3, 67), x * 64, bits, format, None, activation=activation)  # up to some 700
+    x[[1, 9]] = np.nan
+    got = both.cuda.linear(rows_batch(3, 67), x, bits, format, None, activation)
+    assert activation == "relu" or np.isnan(got[[1, 9]]).all()
+    assert np.isfinite(np.delete(got, [1, 9], 0)).all()
     g, u = both.round(rng.standard_normal((70, 111)) * 3), both.round(rng.standard_normal((70, 111)))
     both.same("gate", rows_batch(3, 67), g, u, activation)
     both.same("gate", rows_batch(3, 67), g, u, activation, in_place=True)
@@ -263,6 +269,34 @@ def test_gathering(both, n):
     x = rng.standard_normal((70, n)).astype(np.float32)
     both.same("gather_logit_rows", rows_batch(3, 67, [0, 69, 5, 5]), x, eps=0)
     both.same("take_columns", rows_batch(3, 67), both.round(x), rng.permutation(n).astype(np.int32), eps=0)
+
+
+def test_some_rows_of_a_step(both):
+    """Products of decode rows or of prefill rows alone; what is left of a step's rows when only sampled ones go on."""
+    rng, format = np.random.default_rng(2), FORMAT[both.dtype]
+    x = both.round(rng.standard_normal((70, 192)))
+    w = as_format(rng.standard_normal((300, 192)) / 14, format)[0]
+    batch = rows_batch(3, 67)
+    whole, pair = both.cuda.linear(batch, x, w, format), both.cuda.linear_pair(batch, x, w, x, w, format)
+    for rows, part in (("decode", slice(0, 3)), ("prefill", slice(3, 70))):
+        for got, want in ((both.cuda.linear(batch, x, w, format, rows=rows), whole), (both.cuda.linear_pair(batch, x, w, x, w, format, rows_b=rows)[1], pair[1])):
+            np.testing.assert_array_equal(got[part], want[part])
+            assert np.isnan(np.delete(got, part, 0)).all()  # not written
+        np.testing.assert_array_equal(both.cuda.linear_pair(batch, x, w, x, w, format, rows_b=rows)[0], pair[0])
+    for columns in (1, 111, 192):
+        x = both.round(rng.standard_normal((70, columns)))
+        for some in ([0, 69, 5, 5], [2], [69], [], list(range(60)), list(range(6, 70))):
+            fewer, rows, wide, narrow, sampled = both.cuda.keep_sampled(rows_batch(3, 67, some), x)
+            kept = [0, 1, 2] + [r for r in some if r >= 3]
+            assert fewer == (len(kept) < 70) and rows == min(len(kept), 70)
+            np.testing.assert_array_equal(sampled, x[some])
+            if fewer:
+                np.testing.assert_array_equal(wide, x[kept])
+                np.testing.assert_array_equal(narrow, x[kept])
+            for got, want in zip(both.cuda.keep_sampled(rows_batch(3, 67, some), x), both.cpu.keep_sampled(rows_batch(3, 67, some), x)):
+                np.testing.assert_array_equal(got, want)
+    assert both.cuda.keep_sampled(rows_batch(0, 67), x[:67])[:2] == (True, 0)
+    assert both.cuda.keep_sampled(rows_batch(5, 0, [1]), x[:5])[:2] == (False, 5)
 
 
 def greedy(r, prompts, steps: int, together: bool, chunk: int = 10**9) -> list[list[int]]:

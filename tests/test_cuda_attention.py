@@ -12,7 +12,8 @@ pytestmark = test_cuda.pytestmark
 ATTENTION = [dict(heads=4, kv_heads=4, head_dim=64, rope_dim=64), dict(heads=4, kv_heads=1, head_dim=128, rope_dim=32),
              dict(heads=6, kv_heads=2, head_dim=80, rope_dim=20), dict(heads=2, kv_heads=2, head_dim=8, rope_dim=2),
              dict(heads=2, kv_heads=1, head_dim=256, rope_dim=256), dict(heads=4, kv_heads=2, head_dim=64, rope_dim=16, window=70),
-             dict(heads=3, kv_heads=3, head_dim=128, rope_dim=0, window=1), dict(heads=24, kv_heads=2, head_dim=128, rope_dim=64)]
+             dict(heads=3, kv_heads=3, head_dim=128, rope_dim=0, window=1), dict(heads=24, kv_heads=2, head_dim=128, rope_dim=64),
+             dict(heads=4, kv_heads=2, head_dim=128, rope_dim=128), dict(heads=3, kv_heads=1, head_dim=128, rope_dim=48)]
 
 
 def case(dtype: str, shape: dict[str, int], seed: int, pages: int = 128, max_len: int = MAX_LEN):
@@ -81,11 +82,12 @@ def test_attention_of_prefill_rows_sees_its_own_positions(dtype, shape):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", ATTENTION, ids=lambda s: f"d{s['head_dim']}x{s['heads']}/{s['kv_heads']}w{s.get('window', 0)}")
 def test_rope_attention(dtype, shape):
-    """Equals rope_store, then attention, bit for bit: decode rows alone, beside chunks, two of one sequence."""
+    """Equals rope_store, then attention, bit for bit: decode rows alone, beside chunks, two of one sequence; chunks alone."""
     _, both, k, v, table, qkv_of = case(dtype, shape, 4)
     heads, kv_heads = shape["heads"], shape["kv_heads"]
     alone = [(0, 1, 0), (1, 1, 31), (2, 1, 127), (3, 1, 128), (4, 1, 700), (5, 1, 255), (6, 1, 1), (7, 1, 33)]
-    for decode, prefill in ((alone, []), (alone[4:5], []), (alone, [(8, [1] * 70, 0), (9, [1] * 3, 300)]), (alone + [(4, 1, 701), (7, 1, 34)], [])):
+    for decode, prefill in ((alone, []), (alone[4:5], []), (alone, [(8, [1] * 70, 0), (9, [1] * 3, 300)]), (alone + [(4, 1, 701), (7, 1, 34)], []),
+                            ([], [(8, [1] * 300, 0), (9, [1] * 3, 300)]), (alone + [(4, 1, 701)], [(8, [1] * 70, 0)])):
         batch = make_batch(table, decode=decode, prefill=prefill, logits="none")
         qkv = qkv_of(batch)
         turned, keys, values = both.cuda.rope_store(batch, qkv, k, v, heads, kv_heads)

@@ -185,6 +185,26 @@ def test_a_prefill_row_is_the_same_in_tiles_of_any_shape(both, format, k):
         np.testing.assert_array_equal(both.cuda.linear_add(batch, y[part], x[part], w, format), added[part])
 
 
+@pytest.mark.parametrize("format,k,ka", [("q8_row", 192, 320), ("q4_g128", 256, 384), ("q4_g64", 192, 320), ("q4_g64", 640, 192)])
+@pytest.mark.parametrize("na,nb", [(257, 300), (5000, 704), (9000, 8000)])
+def test_pairs_of_prefill_rows(both, format, k, ka, na, nb):
+    """Several tiles and pieces of tiles, the second part of K included; a row is the same in any number of rows."""
+    rng, rows = np.random.default_rng(na + k), 390
+    xa, xb, xc = (both.round(rng.standard_normal((rows, n))) for n in (k, k, ka))
+    wa, wb, wc = matrix(format, na, k), matrix(format, nb, k), matrix(format, na, ka)
+    y, eps = rng.standard_normal((rows, na)).astype(np.float32), 5e-6 if both.dtype == "float32" else EPS[both.dtype]
+    pair = both.cuda.linear_pair(rows_batch(0, rows), xa, wa, xb, wb, format)
+    np.testing.assert_array_equal(pair[0], both.cuda.linear(rows_batch(0, rows), xa, wa, format))
+    np.testing.assert_array_equal(pair[1], both.cuda.linear(rows_batch(0, rows), xb, wb, format))
+    both.same("linear_add_pair", rows_batch(0, rows), y, xc, wc, xa, wa, format, eps=eps, size=size_of((xc, wc, format), (xa, wa, format)))
+    total = both.cuda.linear_add_pair(rows_batch(0, rows), y, xc, wc, xa, wa, format)
+    for first, count in ((0, 1), (60, 65), (100, 128), (37, 320)):
+        part, batch = slice(first, first + count), rows_batch(0, count)
+        for got, want in zip(both.cuda.linear_pair(batch, xa[part], wa, xb[part], wb, format), pair):
+            np.testing.assert_array_equal(got, want[part])
+        np.testing.assert_array_equal(both.cuda.linear_add_pair(batch, y[part], xc[part], wc, xa[part], wa, format), total[part])
+
+
 @pytest.mark.parametrize("format,na,ka,nb,kb", [(f, *shape) for shape in [(257, 256, 300, 128), (1536, 640, 2048, 640), (512, 4096, 700, 384)] for f in FORMATS]
                          + [("q4_g64", 257, 192, 300, 64)])
 @pytest.mark.parametrize("decode,prefill", [(1, 0), (23, 0), (64, 0), (3, 33)])

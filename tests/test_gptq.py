@@ -15,7 +15,7 @@ import pytest
 from codefuse_triton import _native
 
 torch = pytest.importorskip("torch")
-from helpers import add_byte_tokenizer, make_neox, prompt_logits, rows_not_sampled_change_nothing, runner  # noqa: E402
+from helpers import add_byte_tokenizer, make_neox, prompt_logits, runner  # noqa: E402
 
 TOOLS = Path(__file__).parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))

@@ -11,6 +11,7 @@ from codefuse_triton._native import testing
 torch = pytest.importorskip("torch")
 from helpers import make_batch, make_neox, pages_of, prompt_logits, rows_not_sampled_change_nothing, runner  # noqa: E402
 from test_ops import same_bits  # noqa: E402
+from test_tools import preset  # noqa: E402
 
 TOKENS = np.random.default_rng(0).integers(0, 131, 75)
 TOLERANCE = 2e-5  # of logits of size 6
@@ -44,6 +45,14 @@ def test_logits_for_every_flag(tmp_path, dtype, parallel, act, pct, tied, bias):
     r = runner(native)
     close(prompt_logits(r, TOKENS), reference(model, TOKENS))
     rows_not_sampled_change_nothing(r, TOKENS)
+
+
+@pytest.mark.parametrize("residual", ["serial", "parallel_one_norm", "parallel_two_norms"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_rows_that_are_not_sampled(tmp_path, residual, gated, ranks):
+    native = preset(tmp_path, "f32", residual=residual, gated=gated)
+    rows_not_sampled_change_nothing(runner(native, tensor_parallel=ranks), TOKENS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -46,10 +46,10 @@ void CpuOps::gate(void* y, const void* gate, const void* up, Activation act_fn, 
 }
 
 bool CpuOps::keep_sampled() {
-  const KeptRows kept = kept_rows(*batch_);
-  if (int(kept.from.size()) == rows_) return false;
-  kept_ = kept.from;
-  logit_row_ = kept.logit_row;
+  auto kept = kept_rows(*batch_);
+  if (!kept) return false;
+  kept_ = std::move(kept->from);
+  logit_row_ = std::move(kept->logit_row);
   rows_ = int(kept_.size());
   return true;
 }

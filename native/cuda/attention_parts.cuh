@@ -33,8 +33,6 @@ __device__ __forceinline__ void unpack(const Eight<float>& v, float (&f)[8]) {
     f[4 * i + 2] = __uint_as_float(v.raw[i].z), f[4 * i + 3] = __uint_as_float(v.raw[i].w);
   }
 }
-__device__ __forceinline__ float2 two(uint32_t u, __half) { return __half22float2(*reinterpret_cast<__half2*>(&u)); }
-__device__ __forceinline__ float2 two(uint32_t u, __nv_bfloat16) { return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&u)); }
 template <class T>
 __device__ __forceinline__ void unpack(const Eight<T>& v, float (&f)[8]) {
   const uint32_t u[4] = {v.raw[0].x, v.raw[0].y, v.raw[0].z, v.raw[0].w};

@@ -98,60 +98,13 @@ struct Source {
     barrier_wait(edge, parity);
     clear(from_page, from);
     clear(past, past_page);
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    proxy_fence();
     __syncwarp();
     if (threadIdx.x == 0) barrier_arrive(full);
   }
 };
 
 #endif
-
-template <class T>
-__device__ __forceinline__ float2 floats(uint32_t v) {
-  if constexpr (std::is_same<T, __half>::value) return __half22float2(*reinterpret_cast<const __half2*>(&v));
-  else return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&v));
-}
-
-// Rotates a warpgroup's rows of Q in shared memory, each by the angles of its position, which it reads before it waits.
-template <class T, int D>
-struct Rotation {
-  static constexpr int kUnits = kRows * (D / 2 / 8) / 128;  // pairs of 16 bytes of a thread, at most
-  float4 angle[kUnits][4];
-
-  __device__ __forceinline__ void read(const Args& a, int position, int last) {
-    const int units = a.pairs / 8;
-#pragma unroll
-    for (int i = 0; i < kUnits; ++i) {
-      const int u = i * 128 + threadIdx.x % 128, r = u / units;
-      if (u >= kRows * units) continue;
-      const float4* from = reinterpret_cast<const float4*>(a.angles + int64_t(min(position + r, last)) * a.pairs + u % units * 8);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) angle[i][e] = __ldg(from + e);
-    }
-  }
-  // q: [D / 64][kRows][64 columns], swizzled
-  __device__ __forceinline__ void rotate(const Args& a, uint8_t* q) const {
-    const int units = a.pairs / 8;
-#pragma unroll
-    for (int i = 0; i < kUnits; ++i) {
-      const int u = i * 128 + threadIdx.x % 128, r = u / units, first = u % units, second = first + units;
-      if (u >= kRows * units) continue;
-      const auto place = [&](int unit) { return reinterpret_cast<uint4*>(q + unit / 8 * (kRows * 128) + r * 128 + (unit % 8 ^ r % 8) * 16); };
-      uint4 x = *place(first), y = *place(second);
-      uint32_t* const xs[4] = {&x.x, &x.y, &x.z, &x.w};
-      uint32_t* const ys[4] = {&y.x, &y.y, &y.z, &y.w};
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float2 s = floats<T>(*xs[e]), t = floats<T>(*ys[e]);
-        const float2 r0 = make_float2(angle[i][e].x, angle[i][e].y), r1 = make_float2(angle[i][e].z, angle[i][e].w);
-        *xs[e] = pack2<T>(rotate_first(s.x, t.x, r0), rotate_first(s.y, t.y, r1));
-        *ys[e] = pack2<T>(rotate_second(s.x, t.x, r0), rotate_second(s.y, t.y, r1));
-      }
-      *place(first) = x;
-      *place(second) = y;
-    }
-  }
-};
 
 // D: head_dim. grid (heads * tiles)
 template <class T, int D>
@@ -287,14 +240,14 @@ __global__ void __launch_bounds__(kThreads, 1) attend(T* __restrict__ out, const
         for (int e = 0; e < 4; ++e) p[c][e] = pack2<T>(s[8 * c + 2 * e], s[8 * c + 2 * e + 1]);
     };
 
-    Rotation<T, D> rotation;
-    if (a.angles) rotation.read(a, tile.z + group * kRows, last);
+    TileRotation<T, D, kRows> rotation;
+    if (a.angles) rotation.read(a.angles, a.pairs, tile.z + group * kRows, last);
     grid_wait();
     if (group == 1 && n > 1) named_arrive(1, 256);  // the first turn is group 0's
     barrier_wait(&barriers.q, 0);
     if (a.angles) {
-      rotation.rotate(a, qs + group * (kRows * D * 2));
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      rotation.rotate(qs + group * (kRows * D * 2), a.pairs);
+      proxy_fence();
       named_wait(3 + group, 128);
     }
     barrier_wait(&barriers.k_full[0], 0);

@@ -3,6 +3,7 @@
 #include <array>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -134,8 +135,8 @@ class CudaOps final : public Ops {
   size_t expanded_bytes_ = 0;
 
   int rows_ = 0, decode_rows_ = 0, samples_ = 0, tiles_ = 0, copies_ = 0;  // the current step
-  KeptRows kept_;
-  bool sampled_only_ = false;  // keep_sampled() left them
+  std::optional<KeptRows> kept_;
+  bool sampled_only_ = false;  // rows_ are those of kept_
   int64_t prefill_keys_ = 0;  // PrefillRows::keys
   SamplingPasses passes_;
   struct Recording {

@@ -95,7 +95,7 @@ struct PrefillScratch {
   float* partial = nullptr;  // [SMs, kPrefillSlot]
   int32_t* flag = nullptr;   // [SMs, 8], zero between launches
 };
-// The same for any number of prefill rows, of 16-bit tiles; before Hopper, where expand() comes before it for quantized weights.
+// A linear layer of any number of prefill rows, of 16-bit tiles; before Hopper, where expand() comes before it for quantized weights.
 void prefill_linear(const Stream& s, DType act, const void* x, const void* w, int T, int N, int K, const Epilogue& e);
 bool has_wgmma();  // this build has wgmma code for the current device
 // The same on Hopper, of any format. in_b: nullptr, or of the same format a second product of as many columns (out_b given), or without row scales a
@@ -124,7 +124,7 @@ void to_float32(const Stream& s, Format format, const void* src, int64_t n, floa
 void embed(const Stream& s, DType act, float* x, const void* table, const StepMeta& m, int T, int hidden, int vocab);
 void add_position(const Stream& s, DType act, float* x, const void* table, const StepMeta& m, int T, int hidden);
 void take_columns(const Stream& s, DType act, void* y, const void* x, const int32_t* order, int T, int64_t k);
-// y[t] = x[row[t]], of so many bytes each, a multiple of 2
+// y[t] = x[row[t]], of so many bytes each, a multiple of 2; y and x are 16-byte aligned
 void gather_rows(const Stream& s, void* y, const void* x, const int32_t* row, int T, size_t bytes);
 void norm(const Stream& s, DType act, void* y, const float* x, const Norm& n, NormKind kind, float eps, int T, int hidden);
 // two norms of the same x; each equals norm() bit for bit

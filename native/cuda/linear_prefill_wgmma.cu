@@ -1,5 +1,5 @@
 // Which of the prefill products on Hopper a format takes; those of 16-bit weights are compiled here, the others in files of their own.
-#include "cuda/linear_prefill_wgmma.cuh"
+#include "cuda/linear_prefill_launch.cuh"
 
 namespace codefuse::cuda {
 

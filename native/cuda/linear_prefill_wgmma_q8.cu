@@ -1,5 +1,5 @@
 // Prefill products of q8_row on Hopper.
-#include "cuda/linear_prefill_wgmma.cuh"
+#include "cuda/linear_prefill_launch.cuh"
 
 namespace codefuse::cuda::prefill {
 

@@ -1,6 +1,6 @@
-// LayerNorm and RMSNorm of float32 rows: a block per row and output, or of many rows with two outputs kRowsEach rows. A row of up to kMost elements is in
-// registers from the first read to the last; gain and bias, which no kernel writes, arrive in shared memory before the kernel waits for its
-// predecessor. A block of 8 warps (hidden 5120) leaves room for one of the streaming kernel beside it: of registers, 64 a thread.
+// LayerNorm and RMSNorm of float32 rows. A row of up to kMost elements is in registers from the first read to the last. Few rows have a block each and
+// output: gain and bias, which no kernel writes, arrive in shared memory before the kernel waits for its predecessor, and a block of 8 warps
+// (hidden 5120) leaves room for one of the streaming kernel beside it: of registers, 64 a thread. Of many rows a block makes both outputs of kRowsEach.
 #include "cuda/kernels.h"
 
 namespace codefuse::cuda {
@@ -54,7 +54,7 @@ __device__ __forceinline__ void store4(T* y, float4 v) {
 
 // A thread's float4 of N rows, beginning at x.
 template <int N>
-struct Rows {
+struct RowBlock {
   float4 v[N][kEach];
   float scale[N];
 
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads) norm_few(const Outputs out, const fl
   }
   __syncthreads();
   grid_wait();
-  Rows<1> rows;
+  RowBlock<1> rows;
   rows.load(x + int64_t(blockIdx.x) * hidden, 1, hidden);
   rows.measure(center, eps, hidden, parts);
   copy_wait_all();
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads) norm_many(const Outputs out, const f
   const int first = blockIdx.x * kRowsEach, count = min(all - first, kRowsEach);
   __syncthreads();
   grid_wait();
-  Rows<kRowsEach> rows;
+  RowBlock<kRowsEach> rows;
   rows.load(x + int64_t(first) * hidden, count, hidden);
   rows.measure(center, eps, hidden, parts);
 #pragma unroll

@@ -216,8 +216,8 @@ void CudaOps::prefill_attention(void* out, const void* qkv, const KvLayer& kv, c
 void CudaOps::take_columns(void* y, const void* x, const int32_t* order, int64_t k) { cuda::take_columns(s_, act_, y, x, order, rows_, k); }
 
 bool CudaOps::keep_sampled() {
-  if (decode_rows_ == rows_ || int(kept_.from.size()) == rows_) return false;  // with rows that pad the step, of decode rows alone
-  rows_ = int(kept_.from.size());
+  if (!kept_) return false;
+  rows_ = int(kept_->from.size());
   sampled_only_ = true;
   return true;
 }

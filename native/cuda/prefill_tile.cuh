@@ -18,7 +18,8 @@ __device__ __forceinline__ void store_matrices_transposed(uint32_t p, uint32_t a
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(p), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 __device__ __forceinline__ void store_shared(uint32_t p, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(p), "f"(v) : "memory"); }
-// a box of shared memory to global memory; what lies outside the map is left out
+// A box of shared memory to global memory; what lies outside the map is left out. tensor_add adds to what is there, each element once in a launch: the
+// order of additions is that of the launches.
 __device__ __forceinline__ void tensor_store(const CUtensorMap* map, int column, int row, uint32_t from) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column), "r"(row), "r"(from) : "memory");
 }
@@ -54,7 +55,7 @@ struct TileWriter {
   // y = fn(d + bias), of the compute dtype
   template <int FN>
   __device__ __forceinline__ void store(float (&d)[TOKENS / 2], const CUtensorMap* map, int token0, int tokens, int n0, float bias_a, float bias_b) {
-    constexpr int R = out_rows(BUFFER) < TOKENS ? out_rows(BUFFER) : TOKENS;
+    constexpr int R = out_rows(BUFFER);
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
 #pragma unroll (FN < 0 ? TOKENS / R : 1)  // an activation is long: of a tile's only some are written out
     for (int p = 0; p < TOKENS / R; ++p) {

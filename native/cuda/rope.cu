@@ -8,8 +8,9 @@ namespace {
 
 template <class T, int W> struct __align__(W * sizeof(T) < 16 ? W * sizeof(T) : 16) Pack { T v[W]; };
 
-// grid (rows, parts), heads from `from` on: 0, or those of K, of which qkv keeps what it has; a thread takes two runs of W elements of a head at a time: a rotated pair, or neighbours. W divides
-// rope_dim / 2, and 2 W divides head_dim - rope_dim. Where to read, and the angles, it knows before its predecessor is done.
+// grid (rows, parts); a thread takes two runs of W elements of a head at a time: a rotated pair, or neighbours. W divides rope_dim / 2, and 2 W
+// divides head_dim - rope_dim. Where to read, and the angles, it knows before its predecessor is done. from: the first head, 0 or (then qkv is not
+// written) that of K.
 template <class T, int W>
 __global__ void __launch_bounds__(256) rope_rows(T* __restrict__ qkv, T* __restrict__ keys, T* __restrict__ values, const float2* __restrict__ angles,
                                                   const StepMeta m, const AttentionShape a, int from) {

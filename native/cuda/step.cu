@@ -73,9 +73,9 @@ void CudaOps::fill_meta(const Batch& b, int padded, int ticket, bool replayed) {
   for (int i = 0; i < b.samples(); ++i) logit_row[i] = b.logit_row[i], sample[i] = b.sample[i];
   if (padded > b.rows())
     for (int i = b.samples(); i < padded; ++i) logit_row[i] = i, sample[i] = SampleParams{};
-  if (tiles_) {
-    if (kept_.from.size() < size_t(b.rows())) std::copy(kept_.from.begin(), kept_.from.end(), reinterpret_cast<int32_t*>(host(meta_.kept)));
-    std::copy(kept_.logit_row.begin(), kept_.logit_row.end(), reinterpret_cast<int32_t*>(host(meta_.kept_logit_row)));
+  if (kept_) {
+    std::copy(kept_->from.begin(), kept_->from.end(), reinterpret_cast<int32_t*>(host(meta_.kept)));
+    std::copy(kept_->logit_row.begin(), kept_->logit_row.end(), reinterpret_cast<int32_t*>(host(meta_.kept_logit_row)));
   }
   std::memcpy(host(meta_.table), b.table.data(), b.table.size() * 4);
   prefill_keys_ = 0;
@@ -121,7 +121,6 @@ void CudaOps::begin(const Batch& batch) {
   decode_rows_ = batch.decode_rows;
   samples_ = batch.samples();
   kept_ = kept_rows(batch);
-  sampled_only_ = false;
   copies_ = int(batch.copies.size());
   passes_ = {};
   passes_.edited = !batch.edits.empty() || !batch.masks.empty();
@@ -163,7 +162,10 @@ void CudaOps::step(const Batch& batch, int ticket, const std::function<void()>& 
 void CudaOps::run(const std::function<void()>& body) {
   ready_ = {};
   ready_calls_ = 0;
+  const int rows = rows_;
   body();
+  rows_ = rows;  // keep_sampled() was for this run
+  sampled_only_ = false;
 }
 
 cudaGraphExec_t CudaOps::record(const std::function<void()>& body) {

@@ -78,7 +78,8 @@ void check_masks(const Batch& b, int vocab) {
 
 }  // namespace
 
-KeptRows kept_rows(const Batch& b) {
+std::optional<KeptRows> kept_rows(const Batch& b) {
+  if (b.decode_rows == b.rows()) return {};
   KeptRows kept;
   kept.from.resize(size_t(b.decode_rows));
   std::iota(kept.from.begin(), kept.from.end(), 0);
@@ -86,10 +87,8 @@ KeptRows kept_rows(const Batch& b) {
     kept.logit_row.push_back(row < b.decode_rows ? row : int32_t(kept.from.size()));
     if (row >= b.decode_rows) kept.from.push_back(row);
   }
-  if (int(kept.from.size()) < b.rows()) return kept;
-  kept.from.resize(size_t(b.rows()));
-  std::iota(kept.from.begin(), kept.from.end(), 0);
-  return {kept.from, b.logit_row};
+  if (int(kept.from.size()) >= b.rows()) return {};
+  return kept;
 }
 
 void check_batch(const Batch& b, const Limits& limits, int vocab) {

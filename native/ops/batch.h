@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace codefuse {
@@ -76,12 +77,12 @@ struct Batch {
   int samples() const { return int(logit_row.size()); }
 };
 
-// Which rows are there after Ops::keep_sampled(): from[t] is what row t was, all of the batch's if that is no more; and where samples are.
+// The rows that are there after Ops::keep_sampled(), fewer than the batch has.
 struct KeptRows {
-  std::vector<int32_t> from;       // at most 2 kDecodeRows, if fewer than the batch has
-  std::vector<int32_t> logit_row;  // [samples]
+  std::vector<int32_t> from;       // what each was; at most 2 kDecodeRows
+  std::vector<int32_t> logit_row;  // [samples] which of them is sampled
 };
-KeptRows kept_rows(const Batch& batch);
+std::optional<KeptRows> kept_rows(const Batch& batch);
 
 // Result of one step, read one step behind.
 struct Sampled {
