@@ -103,12 +103,12 @@ class TestOps {
   }
 
   py::tuple linear_pair(const py::dict& batch, const Floats& xa, const py::object& wa, const Floats& xb, const py::object& wb, const std::string& format,
-                        const MaybeFloats& bias_a, const MaybeFloats& bias_b, const std::optional<std::string>& activation, const std::string& rows_b) {
+                        const MaybeFloats& bias_a, const MaybeFloats& bias_b, const std::optional<std::string>& activation, bool decode_b) {
     const Linear a{matrix(wa, format), vector(bias_a)}, b{matrix(wb, format), vector(bias_b)};
     const Activation act = parse_activation(activation.value_or("relu"));
     Buffer from_a = in(xa, ops_->act()), from_b = in(xb, ops_->act());
     Buffer ya = out({xa.shape(0), a.weight.rows}, ops_->act()), yb = out({xb.shape(0), b.weight.rows}, ops_->act());
-    run(batch, [&] { ops_->linear_pair(ya.data, from_a.data, a, nullptr, yb.data, from_b.data, b, activation ? &act : nullptr, parse_rows(rows_b)); });
+    run(batch, [&] { ops_->linear_pair(ya.data, from_a.data, a, nullptr, yb.data, from_b.data, b, activation ? &act : nullptr, decode_b); });
     return py::make_tuple(read(ya), read(yb));
   }
 
@@ -330,7 +330,7 @@ void bind_testing_ops(py::module_& m) {
       .def("linear", &TestOps::linear, "batch"_a, "x"_a, "weight"_a, "format"_a = "f32", "bias"_a = py::none(),
            "activation"_a = py::none(), "rows"_a = "all")
       .def("linear_pair", &TestOps::linear_pair, "batch"_a, "xa"_a, "wa"_a, "xb"_a, "wb"_a, "format"_a = "f32", "bias_a"_a = py::none(),
-           "bias_b"_a = py::none(), "activation"_a = py::none(), "rows_b"_a = "all")
+           "bias_b"_a = py::none(), "activation"_a = py::none(), "decode_b"_a = false)
       .def("linear_add_pair", &TestOps::linear_add_pair, "batch"_a, "y"_a, "xa"_a, "wa"_a, "xb"_a, "wb"_a, "format"_a = "f32",
            "bias_a"_a = py::none(), "bias_b"_a = py::none(), "add_bias"_a = true)
       .def("linear_add", &TestOps::linear_add, "batch"_a, "y"_a, "x"_a, "weight"_a, "format"_a = "f32", "bias"_a = py::none(),

@@ -44,7 +44,7 @@ class CudaOps final : public Ops {
   void linear_add(float* y, const void* x, const Linear& w, bool add_bias) override;
   void norm_pair(void* ya, const Norm& na, void* yb, const Norm& nb, const float* x, NormKind kind, float eps, int hidden) override;
   void linear_pair(void* ya, const void* xa, const Linear& wa, const Activation* fn_a, void* yb, const void* xb, const Linear& wb,
-                   const Activation* fn_b, Rows rows_b) override;
+                   const Activation* fn_b, bool decode_b) override;
   void linear_add_pair(float* y, const void* xa, const Linear& wa, const void* xb, const Linear& wb, bool add_bias) override;
   void gate(void* y, const void* gate, const void* up, Activation act_fn, int n) override;
   void copy_pages(const std::vector<KvLayer>& layers, const ModelConfig& c, int kv_heads) override;

@@ -46,11 +46,11 @@ void run(const Stream& s, DType act, Args args, const void* const (&x)[2], int m
     if (x[i]) args.x[i] = rows_map(act, x[i], args.tokens, args.source[i].chunks * kChunkCols, args.half);
   for (int i = 0; i < 2; ++i) {
     Product& p = args.product[i];
-    const int size = p.epilogue.store == Store::act ? 2 : 4, buffer = buffer_for<W>(TOKENS, TILES);
+    const int size = p.epilogue.store == Store::act ? 2 : 4;
     p.mapped = p.N > 0 && p.N * size % 16 == 0 && reinterpret_cast<uintptr_t>(p.epilogue.y) % 16 == 0 && p.epilogue.store != Store::f32;
     if (!p.mapped) continue;
-    args.y[i] = p.epilogue.store == Store::act ? rows_map(act, p.epilogue.y, args.tokens, p.N, out_rows(buffer))
-                                              : map_of(CU_TENSOR_MAP_DATA_TYPE_FLOAT32, p.epilogue.y, args.tokens, p.N, 32, added_rows(buffer), CU_TENSOR_MAP_SWIZZLE_128B);
+    args.y[i] = p.epilogue.store == Store::act ? rows_map(act, p.epilogue.y, args.tokens, p.N, kOutRows)
+                                              : map_of(CU_TENSOR_MAP_DATA_TYPE_FLOAT32, p.epilogue.y, args.tokens, p.N, 32, kAddedRows, CU_TENSOR_MAP_SWIZZLE_128B);
   }
   c.gridDim = std::min(args.tiles, std::max(1, clusters / members)) * members * 2;
   c.numAttrs = s.dependent ? 2 : 1;

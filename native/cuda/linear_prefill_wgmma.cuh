@@ -37,19 +37,12 @@ CODEFUSE_HD constexpr int w_bytes(int tiles) {
 template <class W>
 CODEFUSE_HD constexpr int stage_bytes(int tokens, int tiles) { return (w_bytes<W>(tiles) + 1023) / 1024 * 1024 + x_bytes(tokens); }
 template <class W>
-CODEFUSE_HD constexpr int stages_beside(int tokens, int tiles, int buffer) {
-  const int fit = (232448 - 1024 - 1024 - tiles / 4 * 2 * buffer) / stage_bytes<W>(tokens, tiles);
+CODEFUSE_HD constexpr int stages_for(int tokens, int tiles) {
+  const int fit = (232448 - 1024 - 1024 - tiles / 4 * 2 * kBuffer) / stage_bytes<W>(tokens, tiles);
   return fit < kMaxStages ? fit : kMaxStages;
 }
-// Each of a consumer warpgroup's two (TileWriter): smaller where they would cost a stage.
 template <class W>
-CODEFUSE_HD constexpr int buffer_for(int tokens, int tiles) { return stages_beside<W>(tokens, tiles, 8192) == stages_beside<W>(tokens, tiles, 4096) ? 8192 : 4096; }
-template <class W>
-CODEFUSE_HD constexpr int stages_for(int tokens, int tiles) { return stages_beside<W>(tokens, tiles, buffer_for<W>(tokens, tiles)); }
-template <class W>
-CODEFUSE_HD constexpr int shared_for(int tokens, int tiles) {
-  return 1024 + stages_for<W>(tokens, tiles) * stage_bytes<W>(tokens, tiles) + tiles / 4 * 2 * buffer_for<W>(tokens, tiles);
-}
+CODEFUSE_HD constexpr int shared_for(int tokens, int tiles) { return 1024 + stages_for<W>(tokens, tiles) * stage_bytes<W>(tokens, tiles) + tiles / 4 * 2 * kBuffer; }
 
 // As cudaFuncGetAttributes shows it: static shared memory only where there is code for Hopper.
 struct Barriers {
@@ -158,7 +151,6 @@ __global__ void __launch_bounds__(threads_of(TILES), 1) gemm(const __grid_consta
 #ifdef CODEFUSE_WGMMA
   using T = typename W::Type;
   constexpr int kRows = rows_of(TILES), kStages = stages_for<W>(TOKENS, TILES), kXBytes = x_bytes(TOKENS), kStageBytes = stage_bytes<W>(TOKENS, TILES);
-  constexpr int kBuffer = buffer_for<W>(TOKENS, TILES);
   extern __shared__ uint8_t shared[];
   __shared__ Barriers barriers;
   const uint32_t base = held_address(shared), smem = base + (1024 - base % 1024) % 1024;  // [kStages] (x, weights), then outputs
@@ -224,7 +216,7 @@ __global__ void __launch_bounds__(threads_of(TILES), 1) gemm(const __grid_consta
   } else {
     if constexpr (TILES == 8) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
     const int group = warpgroup - 1, thread = threadIdx.x - 128, warp = thread / 32, lane = thread % 32;
-    TileWriter<T, TOKENS, kBuffer> writer{smem + kStages * kStageBytes + group * (2 * kBuffer), group};
+    TileWriter<T, TOKENS> writer{smem + kStages * kStageBytes + group * (2 * kBuffer), group};
     const uint64_t b_base = wgmma_rows(smem);
     const uint8_t* const weights = shared + (smem - base) + kXBytes;
     const uint32_t empty_there = address_in(empty_at, rank ^ 1);

@@ -100,7 +100,7 @@ LinearInput CudaOps::prefill_input(const void* x, const Linear& w) const {
 }
 
 void CudaOps::linear_pair(void* ya, const void* xa, const Linear& wa, const Activation* fn_a, void* yb, const void* xb, const Linear& wb, const Activation* fn_b,
-                          Rows rows_b) {
+                          bool decode_b) {
   const Epilogue ea{Store::act, fn_a ? int(*fn_a) : -1, wa.bias, ya}, eb{Store::act, fn_b ? int(*fn_b) : -1, wb.bias, yb};
   int first = 0;
   if (streams(xa, wa) && streams(xb, wb) && same_chunks(wa, wb)) {
@@ -117,7 +117,7 @@ void CudaOps::linear_pair(void* ya, const void* xa, const Linear& wa, const Acti
     first = decode_rows_;
   }
   int last = rows_;  // of the rows one product at a time
-  if (rows_b == Rows::all && rows_ > decode_rows_ && s_.wgmma && whole(xa, wa) && whole(xb, wb) && same_chunks(wa, wb) && wa.weight.cols == wb.weight.cols) {
+  if (!decode_b && rows_ > decode_rows_ && s_.wgmma && whole(xa, wa) && whole(xb, wb) && same_chunks(wa, wb) && wa.weight.cols == wb.weight.cols) {
     const LinearInput ia = prefill_input(xa, wa), ib = prefill_input(xb, wb);
     const int Na = int(wa.weight.rows), Nb = int(wb.weight.rows);
     const LinearOutput oa{Na, from_row(ea, decode_rows_, Na, act_)}, ob{Nb, from_row(eb, decode_rows_, Nb, act_)};
@@ -125,7 +125,7 @@ void CudaOps::linear_pair(void* ya, const void* xa, const Linear& wa, const Acti
     last = decode_rows_;
   }
   linear_rows(xa, wa, ea, first, decode_rows_, last);
-  linear_rows(xb, wb, eb, first, decode_rows_, rows_b == Rows::all ? last : decode_rows_);
+  linear_rows(xb, wb, eb, first, decode_rows_, decode_b ? decode_rows_ : last);
 }
 
 void CudaOps::linear_add_pair(float* y, const void* xa, const Linear& wa, const void* xb, const Linear& wb, bool add_bias) {

@@ -7,10 +7,10 @@
 
 namespace codefuse::cuda::prefill {
 
-// Outputs leave a warpgroup by tensor copies from two buffers of shared memory in turn, each of rows of x x 64 outputs: one box of as many rows, or where
-// they are added, in float32, two side by side of half as many.
-CODEFUSE_HD constexpr int out_rows(int buffer) { return buffer / 128; }
-CODEFUSE_HD constexpr int added_rows(int buffer) { return buffer / 256; }
+// Outputs leave a warpgroup by tensor copies from two buffers of shared memory in turn, each of 64 outputs: of kOutRows rows of x, one box; or where they
+// are added, in float32, of kAddedRows, two boxes side by side.
+constexpr int kBuffer = 8192;  // bytes
+constexpr int kOutRows = kBuffer / (64 * 2), kAddedRows = kBuffer / (64 * 4);
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 __device__ __forceinline__ void warpgroup_sync(int group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
@@ -31,8 +31,8 @@ __device__ __forceinline__ void stores_read() { asm volatile("cp.async.bulk.wait
 __device__ __forceinline__ void stores_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // d: a warpgroup's accumulators of rows [token0, ..) of x, outputs [n0, n0 + 64): d[4 j + q] of a lane is output g + 8 (q / 2) of its warp's 16, row
-// 8 j + 2 t + q % 2. BUFFER: bytes of each of the two at `staging`, by turns, which go on from one tile to the next.
-template <class T, int TOKENS, int BUFFER>
+// 8 j + 2 t + q % 2. The buffers at `staging` take turns, which go on from one tile to the next.
+template <class T, int TOKENS>
 struct TileWriter {
   uint32_t staging;
   int group, turn = 0;
@@ -50,12 +50,12 @@ struct TileWriter {
     }
     turn ^= 1;
   }
-  __device__ __forceinline__ uint32_t buffer() const { return staging + turn * BUFFER; }
+  __device__ __forceinline__ uint32_t buffer() const { return staging + turn * kBuffer; }
 
   // y = fn(d + bias), of the compute dtype
   template <int FN>
   __device__ __forceinline__ void store(float (&d)[TOKENS / 2], const CUtensorMap* map, int token0, int tokens, int n0, float bias_a, float bias_b) {
-    constexpr int R = out_rows(BUFFER);
+    constexpr int R = kOutRows;
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
 #pragma unroll (FN < 0 ? TOKENS / R : 1)  // an activation is long: of a tile's only some are written out
     for (int p = 0; p < TOKENS / R; ++p) {
@@ -81,13 +81,13 @@ struct TileWriter {
 
   // y += d + bias, float32
   __device__ __forceinline__ void add(const float (&d)[TOKENS / 2], const CUtensorMap* map, int token0, int tokens, int n0, float bias_a, float bias_b) {
-    constexpr int R = added_rows(BUFFER);
+    constexpr int R = kAddedRows;
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const auto unit = [&](int h) { return warp % 2 * 4 + h * 2 + g / 4; };  // of a box's 32 outputs
 #pragma unroll
     for (int p = 0; p < TOKENS / R; ++p) {
       if (token0 + p * R >= tokens) break;
-      const uint32_t box = buffer() + warp / 2 * (BUFFER / 2);
+      const uint32_t box = buffer() + warp / 2 * (kBuffer / 2);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         const int row = 2 * t + q % 2;  // of 8
@@ -98,7 +98,7 @@ struct TileWriter {
       const uint32_t from = buffer();
       copy([&] {
         tensor_add(map, n0, token0 + p * R, from);
-        tensor_add(map, n0 + 32, token0 + p * R, from + BUFFER / 2);
+        tensor_add(map, n0 + 32, token0 + p * R, from + kBuffer / 2);
       });
     }
   }

@@ -92,7 +92,7 @@ void Model::parallel_layer(Layer& layer) {
     ops_.norm(normed_, x_, layer.norm1, config_.norm, config_.norm_eps, config_.hidden);
   }
   const void *to_qkv = input(layer.qkv, normed_), *to_up = input(layer.mlp_up, two ? normed2_ : normed_, 1);
-  ops_.linear_pair(qkv_, to_qkv, layer.qkv, nullptr, up_, to_up, layer.mlp_up, &config_.activation, is_last(layer) ? Rows::decode : Rows::all);
+  ops_.linear_pair(qkv_, to_qkv, layer.qkv, nullptr, up_, to_up, layer.mlp_up, &config_.activation, is_last(layer));
   ops_.rope_attention(attended_, qkv_, layer.kv, config_, heads_, kv_heads_);
   keep_sampled(layer, &to_up);
   if (ops_.rows() == 0) return;

@@ -95,9 +95,9 @@ class Ops {
     norm(yb, x, nb, kind, eps, hidden);
   }
   virtual void linear_pair(void* ya, const void* xa, const Linear& wa, const Activation* fn_a, void* yb, const void* xb, const Linear& wb,
-                           const Activation* fn_b, Rows rows_b = Rows::all) {
+                           const Activation* fn_b, bool decode_b = false /*yb of decode rows only*/) {
     linear(ya, xa, wa, fn_a);
-    linear(yb, xb, wb, fn_b, rows_b);
+    linear(yb, xb, wb, fn_b, decode_b ? Rows::decode : Rows::all);
   }
   virtual void linear_add_pair(float* y, const void* xa, const Linear& wa, const void* xb, const Linear& wb, bool add_bias = true) {
     linear_add(y, xa, wa, add_bias);
