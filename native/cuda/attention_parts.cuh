@@ -38,7 +38,7 @@ __device__ __forceinline__ void unpack(const Eight<T>& v, float (&f)[8]) {
   const uint32_t u[4] = {v.raw[0].x, v.raw[0].y, v.raw[0].z, v.raw[0].w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    float2 p = two(u[i], T());
+    float2 p = unpack2<T>(u[i]);
     f[2 * i] = p.x, f[2 * i + 1] = p.y;
   }
 }

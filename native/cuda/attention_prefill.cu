@@ -186,14 +186,16 @@ void run(const Stream& s, void* out, const void* qkv, const KvLayer& kv, const S
          static_cast<const T*>(kv.k), static_cast<const T*>(kv.v), args);
 }
 
+bool on_wgmma(const Stream& s, const AttentionShape& a) { return s.wgmma && (a.head_dim == 64 || a.head_dim == 128); }
+
 }  // namespace
 
 bool attention_rotates(const Stream& s, DType act, const AttentionShape& a) {
-  return s.wgmma && act != DType::f32 && (a.head_dim == 64 || a.head_dim == 128) && a.rope_dim > 0 && a.rope_dim % 16 == 0;
+  return on_wgmma(s, a) && act != DType::f32 && a.rope_dim > 0 && a.rope_dim % 16 == 0;
 }
 
 void attention_tiles(const Stream& s, DType act, void* out, const void* qkv, const KvLayer& kv, const StepMeta& m, const PrefillRows& r, const AttentionShape& a) {
-  if (s.wgmma && (a.head_dim == 64 || a.head_dim == 128)) return attention_tiles_wgmma(s, act, out, qkv, kv, m, r, a);
+  if (on_wgmma(s, a)) return attention_tiles_wgmma(s, act, out, qkv, kv, m, r, a);
   act == DType::f16 ? run<__half>(s, out, qkv, kv, m, r.tiles, a) : run<__nv_bfloat16>(s, out, qkv, kv, m, r.tiles, a);
 }
 

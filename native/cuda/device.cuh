@@ -76,8 +76,9 @@ template <> __device__ __forceinline__ uint32_t pack2<__nv_bfloat16>(float a, fl
   __nv_bfloat162 h = __floats2bfloat162_rn(a, b);
   return *reinterpret_cast<uint32_t*>(&h);
 }
-__device__ __forceinline__ float2 two(uint32_t u, __half) { return __half22float2(*reinterpret_cast<__half2*>(&u)); }
-__device__ __forceinline__ float2 two(uint32_t u, __nv_bfloat16) { return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&u)); }
+template <class T> __device__ __forceinline__ float2 unpack2(uint32_t v);
+template <> __device__ __forceinline__ float2 unpack2<__half>(uint32_t v) { return __half22float2(*reinterpret_cast<__half2*>(&v)); }
+template <> __device__ __forceinline__ float2 unpack2<__nv_bfloat16>(uint32_t v) { return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&v)); }
 
 // ---- dependent launch -------------------------------------------------------------------------------------------------
 // Every kernel calls both: launch_dependents first, and grid_wait before it reads what another kernel wrote or writes anything (attention

@@ -91,7 +91,7 @@ class CudaOps final : public Ops {
   void linear_rows(const void* x, const Linear& w, const Epilogue& e, int first, int decode, int rows);
   const void* expanded(const Matrix& m);
   bool whole(const void* x, const Linear& w) const;
-  bool streams(const void* x, const Linear& w) const;
+  bool together(const void* xa, const Linear& wa, const void* xb, const Linear& wb) const;
   LinearInput prefill_input(const void* x, const Linear& w) const;
   AttentionShape shape(const ModelConfig& c, int heads, int kv_heads) const;
   void prefill_attention(void* out, const void* qkv, const KvLayer& kv, const ModelConfig& c, int heads, int kv_heads, bool rotate = false);

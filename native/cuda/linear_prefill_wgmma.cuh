@@ -111,7 +111,7 @@ __device__ __forceinline__ void load_fragments(uint4 (&a)[4], const uint8_t* sta
       } else {
         const float low = __low2float(scale), high = __high2float(scale);
         auto scaled = [](uint32_t v, float by) {
-          const float2 f = __bfloat1622float2(as_bfloat162(v));
+          const float2 f = unpack2<__nv_bfloat16>(v);
           return pack2<__nv_bfloat16>(f.x * by, f.y * by);
         };
         a[s] = make_uint4(scaled(a[s].x, low), scaled(a[s].y, high), scaled(a[s].z, low), scaled(a[s].w, high));

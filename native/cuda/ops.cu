@@ -89,8 +89,8 @@ const void* CudaOps::expanded(const Matrix& m) {
 bool CudaOps::whole(const void* x, const Linear& w) const {
   return act_ != DType::f32 && w.weight.cols % kChunkCols == 0 && reinterpret_cast<uintptr_t>(x) % 16 == 0;
 }
-// Decode rows that the streaming kernel takes as they are.
-bool CudaOps::streams(const void* x, const Linear& w) const { return whole(x, w) && decode_rows_ > 0 && decode_rows_ <= kDecodeRows; }
+// Whether one launch can go through both.
+bool CudaOps::together(const void* xa, const Linear& wa, const void* xb, const Linear& wb) const { return whole(xa, wa) && whole(xb, wb) && same_chunks(wa, wb); }
 
 // The prefill rows of x.
 LinearInput CudaOps::prefill_input(const void* x, const Linear& w) const {
@@ -102,8 +102,9 @@ LinearInput CudaOps::prefill_input(const void* x, const Linear& w) const {
 void CudaOps::linear_pair(void* ya, const void* xa, const Linear& wa, const Activation* fn_a, void* yb, const void* xb, const Linear& wb, const Activation* fn_b,
                           bool decode_b) {
   const Epilogue ea{Store::act, fn_a ? int(*fn_a) : -1, wa.bias, ya}, eb{Store::act, fn_b ? int(*fn_b) : -1, wb.bias, yb};
+  const bool pair = together(xa, wa, xb, wb);
   int first = 0;
-  if (streams(xa, wa) && streams(xb, wb) && same_chunks(wa, wb)) {
+  if (decode_rows_ > 0 && pair) {
     // what comes next of ya is rope_attention(): it may begin when ya is stored
     ready_ = {};
     ready_of_ = nullptr;
@@ -117,7 +118,7 @@ void CudaOps::linear_pair(void* ya, const void* xa, const Linear& wa, const Acti
     first = decode_rows_;
   }
   int last = rows_;  // of the rows one product at a time
-  if (!decode_b && rows_ > decode_rows_ && s_.wgmma && whole(xa, wa) && whole(xb, wb) && same_chunks(wa, wb) && wa.weight.cols == wb.weight.cols) {
+  if (!decode_b && rows_ > decode_rows_ && s_.wgmma && pair && wa.weight.cols == wb.weight.cols) {
     const LinearInput ia = prefill_input(xa, wa), ib = prefill_input(xb, wb);
     const int Na = int(wa.weight.rows), Nb = int(wb.weight.rows);
     const LinearOutput oa{Na, from_row(ea, decode_rows_, Na, act_)}, ob{Nb, from_row(eb, decode_rows_, Nb, act_)};
@@ -133,12 +134,13 @@ void CudaOps::linear_add_pair(float* y, const void* xa, const Linear& wa, const 
   Epilogue sum = ea;
   sum.bias_b = eb.bias;
   const int N = int(wa.weight.rows);
+  const bool pair = together(xa, wa, xb, wb);
   int first = 0, last = rows_;  // of the rows one product at a time
-  if (streams(xa, wa) && streams(xb, wb) && same_chunks(wa, wb)) {
+  if (decode_rows_ > 0 && pair) {
     decode_linear_sum(s_, act_, decode_rows_, input(xa, wa), input(xb, wb), {N, sum}, scratch_for(wa, &wb));
     first = decode_rows_;
   }
-  if (rows_ > decode_rows_ && s_.wgmma && whole(xa, wa) && whole(xb, wb) && same_chunks(wa, wb) && wa.weight.host.format != Format::q8_row) {
+  if (rows_ > decode_rows_ && s_.wgmma && pair && wa.weight.host.format != Format::q8_row) {
     const LinearInput ia = prefill_input(xa, wa), ib = prefill_input(xb, wb);
     prefill_linear_wgmma(s_, act_, rows_ - decode_rows_, ia, {N, from_row(sum, decode_rows_, N, act_)}, &ib, nullptr, prefill_);
     last = decode_rows_;

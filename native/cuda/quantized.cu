@@ -86,14 +86,6 @@ __global__ void rows4(const uint8_t* __restrict__ codes, const __half* __restric
   }
 }
 
-template <class T>
-__device__ __forceinline__ float2 to_floats(uint32_t v) {
-  if constexpr (std::is_same<T, __half>::value)
-    return __half22float2(as_half2(v));
-  else
-    return __bfloat1622float2(as_bfloat162(v));
-}
-
 // Scales of rows 16 tile + lane / 4 and that + 8; row_scale: of the row group.
 template <class W>
 __device__ __forceinline__ float2 scales_of(const typename W::Group& group, const float* row_scale, int tile, int lane) {
@@ -121,7 +113,7 @@ __global__ void __launch_bounds__(256) expand_tiles(const uint8_t* __restrict__ 
     uint8_t* const to = dst + (size_t(blockIdx.y) * steps16 + chunk16) * kChunkBytes + tile * kRowTileBytes + lane * 16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 x = to_floats<T>(a[i].x), y = to_floats<T>(a[i].y), z = to_floats<T>(a[i].z), w = to_floats<T>(a[i].w);
+      const float2 x = unpack2<T>(a[i].x), y = unpack2<T>(a[i].y), z = unpack2<T>(a[i].z), w = unpack2<T>(a[i].w);
       *reinterpret_cast<uint4*>(to + i * 512) = make_uint4(pack2<T>(x.x * s.x, x.y * s.x), pack2<T>(y.x * s.y, y.y * s.y), pack2<T>(z.x * s.x, z.y * s.x),
                                                            pack2<T>(w.x * s.y, w.y * s.y));
     }
@@ -141,7 +133,7 @@ __global__ void __launch_bounds__(256) read_tiles(const uint8_t* __restrict__ sr
     const float2 s = scales_of<W>(group, row_scale + blockIdx.y * kGroupRows, tile, lane);
     for (int i = 0; i < 16; ++i) {
       const uint4 f = a[i / 4];
-      const float2 v = to_floats<T>(i % 4 == 0 ? f.x : i % 4 == 1 ? f.y : i % 4 == 2 ? f.z : f.w);
+      const float2 v = unpack2<T>(i % 4 == 0 ? f.x : i % 4 == 1 ? f.y : i % 4 == 2 ? f.z : f.w);
       const int r = blockIdx.y * kGroupRows + tile * 16 + lane / 4 + i % 2 * 8;
       const int c = blockIdx.x * W::kCols + block * 64 + i / 4 * 16 + i % 4 / 2 * 8 + lane % 4 * 2;
       const float scale = i % 2 ? s.y : s.x;

@@ -39,7 +39,7 @@ struct TileRotation {
       uint32_t* const ys[4] = {&y.x, &y.y, &y.z, &y.w};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const float2 s = two(*xs[e], T()), t = two(*ys[e], T());
+        const float2 s = unpack2<T>(*xs[e]), t = unpack2<T>(*ys[e]);
         const float2 r0 = make_float2(angle[i][e].x, angle[i][e].y), r1 = make_float2(angle[i][e].z, angle[i][e].w);
         *xs[e] = pack2<T>(rotate_first(s.x, t.x, r0), rotate_first(s.y, t.y, r1));
         *ys[e] = pack2<T>(rotate_second(s.x, t.x, r0), rotate_second(s.y, t.y, r1));

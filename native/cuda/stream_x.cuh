@@ -43,11 +43,7 @@ __device__ __forceinline__ Integers to_integers(uint32_t a, uint32_t b) {
   uint32_t exponent = max(__float_as_uint(largest) >> 23, 32u);  // plus 127
   if (largest * __uint_as_float((268 - exponent) << 23) > 32639.f) ++exponent;
   const float up = __uint_as_float((268 - exponent) << 23);  // 2^14 for what begins at 1
-  float2 x, y;
-  if constexpr (kHalf)
-    x = __half22float2(as_half2(a)), y = __half22float2(as_half2(b));
-  else
-    x = __bfloat1622float2(as_bfloat162(a)), y = __bfloat1622float2(as_bfloat162(b));
+  const float2 x = unpack2<T>(a), y = unpack2<T>(b);
   constexpr float kRound = 12582912.f;  // 1.5 2^23: the sum's low bits are the nearest integer
   const uint32_t q[4] = {__float_as_uint(fmaf(x.x, up, kRound)), __float_as_uint(fmaf(y.x, up, kRound)), __float_as_uint(fmaf(x.y, up, kRound)),
                          __float_as_uint(fmaf(y.y, up, kRound))};

@@ -108,10 +108,7 @@ void Model::separate_layer(Layer& layer) {
   const void* to_mlp = normed_;
   norm(layer.norm1);
   attention_block(layer);
-  if (config_.residual == ResidualKind::parallel_one_norm)
-    keep_sampled(layer, &to_mlp);
-  else
-    keep_sampled(layer);
+  keep_sampled(layer, config_.residual == ResidualKind::parallel_one_norm ? &to_mlp : nullptr);
   if (ops_.rows() == 0) return;
   if (config_.residual == ResidualKind::serial) {
     add_to_residual([&](float* y) { ops_.linear_add(y, input(layer.attn_out, attended_), layer.attn_out, first); });

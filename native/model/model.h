@@ -47,7 +47,7 @@ class Model {
   void parallel_layer(Layer& layer);
   void separate_layer(Layer& layer);
   bool is_last(const Layer& layer) const { return &layer == &weights_.layers.back(); }
-  void keep_sampled(const Layer& layer, const void** normed = nullptr);
+  void keep_sampled(const Layer& layer, const void** normed);
   template <class F>
   void add_to_residual(const F& parts);
 
